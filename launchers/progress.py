@@ -1,0 +1,251 @@
+"""What a person sees while something long goes on: a bar on a terminal, a plain line now and then in a log.
+
+A run is followed through the files of its folder (docs/runs.md), so the view is the same for a process on this machine and
+for a job on a cluster. Imports neither torch nor NeMo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from nemo_ext import run_folder
+from nemo_ext.report import duration
+
+POLL_SECONDS = 0.2
+LINE_SECONDS = (10.0, 300.0)  # plain lines come at least and at most this far apart; a fiftieth of what is left, between
+BAR_LINE_SECONDS = 10.0
+
+
+class Process(Protocol):
+    """Anything that tells whether it still runs: `subprocess.Popen`, or a cluster's job."""
+
+    def poll(self) -> int | None: ...
+
+
+def follow(run_dir: str | Path, process: Process, console: Console | None = None) -> int:
+    """Show the run in `run_dir` until `process` has ended; return its exit code.
+
+    Only what this start of the run writes is shown: records of an earlier start that it resumes are passed over.
+    """
+    console = console or Console()
+    run = _Run(Path(run_dir))
+    with (_BarView if console.is_terminal else _LineView)(console) as view:
+        while (code := process.poll()) is None:
+            view.show(run, run.read())
+            time.sleep(POLL_SECONDS)
+        view.show(run, run.read())
+    return code
+
+
+class _Run:
+    """The state of a followed run, read from status.json and metrics.jsonl."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.phase, self.message, self.max_steps = "starting", "", 0
+        self.record: dict[str, Any] = {}
+        self.val_loss: float | None = None
+        self._stale = run_folder.read_status(run_dir)  # of an earlier start
+        self._started: float | None = None
+        self._step_times: list[float] = []
+        self._tail: run_folder.Tail | None = None
+
+    def read(self) -> list[dict]:
+        """Take in what is new; return the new records."""
+        status = run_folder.read_status(self.run_dir)
+        if status is None or status == self._stale:
+            return []
+        if status.get("started") not in (None, self._started):  # the worker is up (again); the file is truncated by now
+            self._started, self._step_times = status["started"], []
+            self._tail = run_folder.Tail(self.run_dir / run_folder.METRICS)
+        self.phase, self.message = status.get("phase", self.phase), status.get("message") or ""
+        self.max_steps = status.get("max_steps") or self.max_steps
+        if self._tail is None:
+            return []
+        records = [record for record in self._tail.read() if record.get("time", 0) >= self._started]
+        for record in records:
+            if "val_loss" in record:
+                self.val_loss = record["val_loss"]
+            else:
+                self.record = record
+                self._step_times = [*self._step_times, record.get("step_time") or 0.0][-20:]
+        return records
+
+    @property
+    def step(self) -> int:
+        return self.record.get("step", 0)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left for the remaining steps, from the latest steps of this start."""
+        if not self._step_times or not self.max_steps:
+            return None
+        return (self.max_steps - self.step) * statistics.median(self._step_times)
+
+    def figures(self) -> str:
+        """Loss, speed and time left in one line; what is not known yet is left out."""
+        parts = []
+        if self.record:
+            parts.append(f"loss {_figure(self.record.get('loss'), '.4f')}")
+        if self.val_loss is not None:
+            parts.append(f"held-out {self.val_loss:.4f}")
+        if self.record:
+            parts.append(f"{_figure(self.record.get('tokens_per_s'), ',.0f')} tokens/s")
+            parts.append(f"{_figure(self.record.get('tflops'), '.3g')} TFLOP/s")
+        if self.eta is not None:
+            parts.append(f"ETA {duration(self.eta)}")
+        return "  ".join(parts)
+
+
+def _figure(value: float | None, pattern: str) -> str:
+    """JSON's null stands for a value that is no number."""
+    return "nan" if value is None else format(value, pattern)
+
+
+class _BarView:
+    """One live line: phase, bar, steps, figures."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(24),
+            TextColumn("{task.fields[steps]}"),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._progress = Progress(*columns, console=console, refresh_per_second=5)
+        self._task = self._progress.add_task("starting", total=None, steps="", figures="")
+
+    def __enter__(self) -> _BarView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def show(self, run: _Run, records: list[dict]) -> None:
+        steps = f"{run.step}/{run.max_steps}" if run.max_steps else ""
+        figures = run.figures() or run.message
+        total = run.max_steps if run.record else None  # no length before the first step: the bar pulses
+        self._progress.update(self._task, description=run.phase, completed=run.step, total=total, steps=steps, figures=figures)
+
+
+class _LineView:
+    """Plain lines: each phase, the first step, each validation, and steps now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._print = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self._phase = ""
+        self._last_line = -1e9
+        self._last_tenth = 0
+
+    def __enter__(self) -> _LineView:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def show(self, run: _Run, records: list[dict]) -> None:
+        for record in records:
+            if "val_loss" in record:
+                ppl = _figure(record.get("val_ppl"), ",.2f")
+                self._line(f"held-out loss {_figure(record['val_loss'], '.4f')}, perplexity {ppl} at step {record['step']}")
+        if run.phase != self._phase:
+            self._phase = run.phase
+            self._line(f"{run.phase}{': ' if run.message else ''}{run.message}")
+        if any("val_loss" not in record for record in records) and self._due(run):
+            self._line(f"step {run.step}/{run.max_steps}  {run.figures()}")
+            self._last_line = time.monotonic()
+
+    def _due(self, run: _Run) -> bool:
+        """First and last step, every tenth of the run, and when enough time has passed."""
+        shortest, longest = LINE_SECONDS
+        patience = min(max((run.eta or 0.0) / 50, shortest), longest)
+        tenth = run.step * 10 // run.max_steps if run.max_steps else 0
+        due = tenth > self._last_tenth or time.monotonic() - self._last_line >= patience
+        self._last_tenth = max(tenth, self._last_tenth)
+        return due
+
+    def _line(self, text: str) -> None:
+        self._print(f"[{duration(time.monotonic() - self._started)}] {text}")
+
+
+class Counter:
+    """What `bar` hands out: call it with the amount done so far, or `advance` it."""
+
+    def __init__(self, update: Callable[[int, int | None, str | None], None]) -> None:
+        self._update = update
+        self._done = 0
+
+    def __call__(self, done: int, total: int | None = None, unit: str | None = None) -> None:
+        """`done` of `total` units; total and unit where they differ from what `bar` was told."""
+        self._done = done
+        self._update(done, total, unit)
+
+    def advance(self, amount: int = 1) -> None:
+        """`amount` more units are done."""
+        self(self._done + amount)
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int | None = None, unit: str = "", console: Console | None = None) -> Iterator[Counter]:
+    """Progress of a preparation step: `with bar("tokenising", total, "documents") as progress: progress(done)`.
+
+    `total` None means unknown; bytes (unit "B") are shown as megabytes. In a log: a line every ten seconds and one at the end with the time it took.
+    """
+    console = console or Console()
+    started = time.monotonic()
+    state = {"done": 0, "total": total, "unit": unit, "line": started}
+
+    def text() -> str:
+        done, total, elapsed = state["done"], state["total"], time.monotonic() - started
+        unit, scale = ("MB", 1e6) if state["unit"] == "B" else (state["unit"], 1)
+
+        def amount(number: float) -> str:
+            return f"{number / scale:,.{0 if scale == 1 else 1}f}"
+
+        parts = [f"{amount(done)}/{amount(total)} {unit}".rstrip() if total else f"{amount(done)} {unit}".rstrip()]
+        if done and elapsed > 1:
+            parts.append(f"{amount(done / elapsed)} {unit}/s".replace(" /s", "/s"))
+            if total and done < total:
+                parts.append(f"ETA {duration(elapsed / done * (total - done))}")
+        return "  ".join(parts)
+
+    def take(done: int, new_total: int | None, new_unit: str | None) -> None:
+        state.update(done=done, total=new_total or state["total"], unit=new_unit or state["unit"])
+
+    def finish() -> None:
+        console.print(
+            f"{label}: {text()} in {duration(time.monotonic() - started)}", markup=False, highlight=False, soft_wrap=True
+        )
+
+    if not console.is_terminal:
+
+        def line(*args: Any) -> None:
+            take(*args)
+            if time.monotonic() - state["line"] >= BAR_LINE_SECONDS:
+                state["line"] = time.monotonic()
+                console.print(f"{label}: {text()}", markup=False, highlight=False, soft_wrap=True)
+
+        yield Counter(line)
+        finish()
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=console, transient=True, refresh_per_second=5) as progress:
+        task = progress.add_task(label, total=total, figures="")
+
+        def draw(*args: Any) -> None:
+            take(*args)
+            progress.update(task, completed=state["done"], total=state["total"], figures=text())
+
+        yield Counter(draw)
+    finish()

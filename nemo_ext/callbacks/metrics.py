@@ -1,0 +1,297 @@
+"""Writes what a run does into its folder: metrics.jsonl, status.json, TensorBoard, and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_ext import run_folder
+from nemo_ext.errors import RunError, UserError
+from nemo_ext.platform import hardware
+
+GIB = 1024**3
+
+
+class MetricsCallback(pl.Callback):
+    """One JSON line per optimizer step and per validation, written by one rank, without a collective of its own.
+
+    The writing rank is the first one that has the loss: last pipeline stage, data, context and tensor rank 0. Its losses are
+    already means over the global batch (Megatron's loss reduction runs over the data-parallel group), so nothing is gathered;
+    the gradient norm is the whole model's on every rank.
+
+    On a GPU a step's line is written while the next step runs, when its loss has long been computed, so that reading it does
+    not stall the device. Validation, saving and the end write what is pending. A resumed run first drops the lines after the
+    step it resumes from.
+
+    A gradient norm that is not finite raises `RunError` on every rank in the same step (all ranks have the same norm), a loss
+    that is not finite on every rank of the last stage: nobody is left waiting in a collective.
+
+    Stands before callbacks that evaluate or save at the end of a step, so that the step is timed without them.
+
+    Args:
+        run_dir: the run's folder.
+        tokens_per_step: tokens in a global batch.
+        flops_per_token: forward and backward, `Architecture.flops_per_token(seq)`.
+        num_devices: GPUs (or CPU processes) of the whole run; `tflops` is per device.
+        max_steps: the last step of the run.
+        tensorboard: write TensorBoard events into the run's folder.
+        wandb: the Weights & Biases project, or None. Raises `UserError` where the package is missing.
+        log_every: steps between lines; validation, saving and the last step always get one.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        tokens_per_step: int,
+        flops_per_token: float,
+        num_devices: int,
+        max_steps: int,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        log_every: int = 1,
+    ) -> None:
+        if wandb:
+            _import_wandb()
+        self.run_dir = run_dir
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.num_devices = num_devices
+        self.max_steps = max_steps
+        self.tensorboard = tensorboard
+        self.wandb = wandb
+        self.log_every = log_every
+
+        self._begun = False
+        self._writes = self._has_loss = False  # this rank's part
+        self._phase = ""
+        self._started: float | None = None  # this start's first moment, the records' clock
+        self._tokens = 0
+        self._lr: float | None = None
+        self._grad_norm: float | None = None
+        self._mark: float | None = None  # when the running step began
+        self._pending: tuple[dict[str, Any], Any] | None = None  # a step's record and its loss, still on the device
+        self._val_losses: list[Any] = []
+        self._sinks: list[_TensorBoard | _WandB] = []
+
+    # Hooks, in the order in which Lightning calls them.
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)
+        self._watch_grad_norm(trainer)
+        self._set_phase("training", trainer.global_step)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._set_phase("training", trainer.global_step)
+        if trainer.optimizers:  # the schedule moves on before the batch ends; layer-wise decay scales the highest rate down
+            self._lr = max((group["lr"] for group in trainer.optimizers[0].param_groups), default=None)
+        if self._mark is None:
+            self._mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        step_time, self._mark = now - self._mark, now
+        step = trainer.global_step
+        self._tokens += self.tokens_per_step
+        self._flush()
+        if self._has_loss:
+            loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
+            tokens_per_s = self.tokens_per_step / step_time
+            record = {
+                "step": step,
+                "loss": None,
+                "lr": self._lr,
+                "grad_norm": self._grad_norm,
+                "tokens_per_s": tokens_per_s,
+                "tflops": tokens_per_s * self.flops_per_token / self.num_devices / 1e12,
+                "memory": hardware.peak_memory() / GIB,
+                "step_time": step_time,
+                "tokens": self._tokens,
+                "time": time.time(),
+            }
+            self._pending = record, loss
+        if self._grad_norm is not None and not math.isfinite(self._grad_norm):
+            self._flush(final=True)
+            raise _not_finite("gradient norm", self._grad_norm, step)
+        if self._pending and not self._pending[1].is_cuda:
+            self._flush()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer)
+        self._pause("evaluating", trainer.global_step)
+        self._val_losses = []
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *unused: Any) -> None:
+        if self._has_loss:
+            self._val_losses.append((outputs["loss"] if isinstance(outputs, dict) else outputs).detach())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._writes and self._val_losses:
+            loss = sum(float(loss) for loss in self._val_losses) / len(self._val_losses)
+            ppl = math.exp(loss) if loss < 700 else math.inf
+            self._write({"step": trainer.global_step, "val_loss": loss, "val_ppl": ppl, "time": time.time()})
+        self._val_losses = []
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._pause("saving", trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._flush(final=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = trainer.global_step >= self.max_steps
+        self._set_phase("finished" if done else "stopped", trainer.global_step)
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._writes = self._writes or not self._begun and trainer.is_global_zero
+        try:
+            self._flush(final=True)
+        except Exception:  # the device is gone, or the loss is what failed: the first exception is the one to tell
+            pass
+        message = (str(exception).strip() or type(exception).__name__).splitlines()[0]
+        if "found NaN in local grad norm" in message:  # Megatron's check_for_nan_in_grad, raised in the middle of a step
+            message = str(_not_finite("gradient", math.nan, trainer.global_step + 1))
+        self._set_phase("failed", trainer.global_step, message)
+        self._close()
+
+    # What the hooks share.
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        """Find this rank's part; the writing one drops lines of a later step than the run starts from. Once per process."""
+        if self._begun:
+            return
+        self._begun = True
+        self._has_loss, self._writes = _roles(trainer)
+        step, fitting = trainer.global_step, trainer.state.fn == "fit"
+        self._tokens = step * self.tokens_per_step
+        if not self._writes:
+            return
+        if fitting:
+            kept = run_folder.truncate_records(self.run_dir, step)
+            self._tokens = next((r["tokens"] for r in reversed(kept) if r["step"] == step and r.get("tokens")), self._tokens)
+        self._started = time.time()
+        if self.tensorboard:
+            self._sinks.append(_TensorBoard(self.run_dir, step))
+        if self.wandb:
+            self._sinks.append(_WandB(self.run_dir, self.wandb, step))
+
+    def _watch_grad_norm(self, trainer: pl.Trainer) -> None:
+        """Keep the gradient norm that Megatron's optimizer returns from a step: Lightning's logged copy costs a device sync."""
+        optimizer = trainer.optimizers[0]
+        step = optimizer.step
+
+        @functools.wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            norm = result[1] if isinstance(result, tuple) and len(result) == 3 else None  # (loss, norm, zeros); None: skipped
+            self._grad_norm = None if norm is None else float(norm)
+            return result
+
+        optimizer.step = watched
+
+    def _pause(self, phase: str, step: int) -> None:
+        """Something other than a step begins: its time is no step's."""
+        self._flush(final=True)
+        self._mark = None
+        self._set_phase(phase, step)
+
+    def _flush(self, final: bool = False) -> None:
+        """Write the pending step if its turn has come, or in any case when `final`."""
+        if self._pending is None:
+            return
+        record, loss = self._pending
+        if record["step"] % self.log_every and not final:
+            return
+        self._pending = None
+        record["loss"] = float(loss)
+        if self._writes:
+            self._write(record)
+        if not math.isfinite(record["loss"]):
+            raise _not_finite("loss", record["loss"], record["step"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(run_folder.finite(record)) + "\n"
+        with open(Path(self.run_dir) / run_folder.METRICS, "a") as file:
+            file.write(line)
+        for sink in self._sinks:
+            sink.write(record)
+
+    def _set_phase(self, phase: str, step: int, message: str = "") -> None:
+        if self._writes and phase != self._phase:
+            self._phase = phase
+            run_folder.write_status(self.run_dir, phase, step, self.max_steps, message, started=self._started)
+
+    def _close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+
+class _TensorBoard:
+    """Events in the run's folder, a tag per figure; those of a run that is resumed end where it resumes."""
+
+    def __init__(self, run_dir: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(Path(run_dir) / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for tag, value in _figures(record).items():
+            self._writer.add_scalar(tag, value, record["step"], walltime=record["time"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A Weights & Biases run of the folder's name. Its identifier is kept in the folder, so that a resumed run continues it."""
+
+    def __init__(self, run_dir: str, project: str, step: int) -> None:
+        wandb = _import_wandb()
+        name = Path(run_dir).resolve().name
+        known = Path(run_dir) / "wandb" / "id"
+        identifier = known.read_text().strip() if step and known.exists() else wandb.util.generate_id()
+        run_folder.write_atomic(known, identifier + "\n")
+        self._run = wandb.init(project=project, name=name, id=identifier, dir=run_dir, resume="allow")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log(_figures(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    """What of a record is a curve."""
+    return {key: value for key, value in record.items() if key not in ("step", "time") and value is not None}
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb= is set but Weights & Biases is not installed: pip install wandb, or leave wandb= out") from error
+    return wandb
+
+
+def _roles(trainer: pl.Trainer) -> tuple[bool, bool]:
+    """Whether this rank has the loss, and whether it is the one that writes."""
+    from megatron.core import parallel_state as mpu
+
+    if not mpu.model_parallel_is_initialized():
+        return True, trainer.is_global_zero
+    has_loss = mpu.is_pipeline_last_stage(ignore_virtual=True)
+    first = mpu.get_data_parallel_rank(with_context_parallel=True) == 0 and mpu.get_tensor_model_parallel_rank() == 0
+    return has_loss, has_loss and first
+
+
+def _not_finite(what: str, value: float, step: int) -> RunError:
+    return RunError(f"{what} is {value} at step {step}: lower lr=, lengthen the warm-up, or look for broken data")

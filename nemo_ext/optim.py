@@ -1,0 +1,110 @@
+"""Optimizer and learning-rate schedule of the training recipes, over NeMo's Megatron optimizer.
+
+Importing this module imports NeMo; call `nemo_ext.platform.activate()` first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from unittest import mock
+
+import megatron.core.optimizer as megatron_optimizer
+from nemo.lightning import MegatronOptimizerModule
+from nemo.lightning.pytorch.optim.base import LRSchedulerModule
+from torch.optim.lr_scheduler import LambdaLR
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def schedule_factor(step: int, *, schedule: str, max_steps: int, warmup_steps: int, floor: float, decay_fraction: float) -> float:
+    """The learning rate of optimizer step `step` (from 0) as a share of its peak.
+
+    Linear warm-up over `warmup_steps`, then "cosine" (Loshchilov & Hutter 2017, arXiv:1608.03983) or "linear" from 1 to `floor`
+    at the last step, "wsd": constant, falling linearly to `floor` in the last `decay_fraction` of the run (Hu et al. 2024,
+    arXiv:2404.06395), or "constant".
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    last = max_steps - 1
+    start = max(warmup_steps, round(max_steps * (1 - decay_fraction))) if schedule == "wsd" else warmup_steps
+    progress = min(1.0, max(0.0, (step - start) / max(1, last - start)))
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule in ("linear", "wsd"):
+        return floor + (1 - floor) * (1 - progress)
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+class WarmupSchedule(LRSchedulerModule):
+    """`schedule_factor` as NeMo's scheduler module. `min_lr` and `lr` share a unit; parameter groups keep their ratios."""
+
+    def __init__(self, max_steps: int, lr: float, min_lr: float = 0.0, warmup_steps: int = 0, schedule: str = "cosine",
+                 decay_fraction: float = 0.2):  # fmt: skip
+        super().__init__()
+        self.max_steps, self.warmup_steps, self.schedule = max_steps, warmup_steps, schedule
+        self.lr, self.min_lr, self.decay_fraction = lr, min_lr, decay_fraction
+
+    def scheduler(self, model, optimizer):
+        def factor(step: int) -> float:
+            return schedule_factor(
+                step, schedule=self.schedule, max_steps=self.max_steps, warmup_steps=self.warmup_steps,
+                floor=self.min_lr / self.lr if self.lr else 0.0, decay_fraction=self.decay_fraction,
+            )  # fmt: skip
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1}}
+
+
+def depth_of(name: str, layer_offset: int, num_layers: int) -> int:
+    """Depth of a parameter: 0 for the embedding, 1 + its global layer number, num_layers + 1 for what follows the layers.
+
+    `name` is the parameter's in a pipeline stage's model chunk, whose first layer is number `layer_offset`.
+    """
+    if (match := LAYER.search(name)) is not None:
+        return 1 + layer_offset + int(match[1])
+    return 0 if "embedding" in name else num_layers + 1
+
+
+class LayerwiseAdam(MegatronOptimizerModule):
+    """Megatron's Adam with layer-wise learning-rate decay: depth d of D learns at `lr * layer_decay ** (D - d)`.
+
+    (Howard & Ruder 2018, arXiv:1801.06146, section 3.2; Clark et al. 2020, arXiv:2003.10555.) Tied output embeddings follow the
+    input embedding. `layer_decay=1` is plain Adam. Groups are the same on every rank, so that checkpoints reshard.
+    """
+
+    def __init__(self, config, lr_scheduler=None, layer_decay: float = 1.0):
+        super().__init__(config, lr_scheduler=lr_scheduler)
+        self.layer_decay = layer_decay
+
+    def optimizers(self, model):
+        if self.layer_decay == 1.0:
+            return super().optimizers(model)
+        upstream = megatron_optimizer._get_param_groups
+
+        def layerwise_groups(model_chunks, *args, **kwargs):
+            depths, deepest = {}, 0
+            for chunk in model_chunks:
+                decoder = next(module for name, module in chunk.named_modules() if name.split(".")[-1] == "decoder")
+                offset = decoder.layers[0].layer_number - 1 if len(decoder.layers) else 0
+                num_layers = chunk.config.num_layers
+                deepest = num_layers + 1
+                depths.update({id(p): depth_of(name, offset, num_layers) for name, p in chunk.named_parameters()})
+            return split_by_depth(upstream(model_chunks, *args, **kwargs), depths, deepest, self.layer_decay)
+
+        with mock.patch.object(megatron_optimizer, "_get_param_groups", layerwise_groups):
+            return super().optimizers(model)
+
+
+def split_by_depth(groups: list[dict], depths: dict[int, int], deepest: int, layer_decay: float) -> list[dict]:
+    """Each Megatron parameter group as one group a depth, its `lr_mult` multiplied by `layer_decay ** (deepest - depth)`."""
+    return [
+        {
+            **group,
+            "params": [p for p in group["params"] if depths[id(p)] == depth],
+            "lr_mult": group["lr_mult"] * layer_decay ** (deepest - depth),
+        }
+        for group in groups
+        for depth in range(deepest + 1)
+    ]

@@ -1,0 +1,66 @@
+"""The platform is found, not asked: with CUDA this package does nothing; without it, the same NeMo and Megatron code
+runs on CPU tensors and gloo.
+
+`activate()` is called once in a process, before anything of NeMo or Megatron is imported. It is the only place that knows
+which of the two it is; everything else says "cuda" as upstream does. No numerical code of Megatron is replaced: device names
+are redirected, Transformer Engine's modules are stood in for by Megatron's own local layers under the same parameter names,
+and the optimizer keeps its state the way apex and Transformer Engine do, so that checkpoints move between CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+from nemo_ext.errors import UserError
+
+# The CPU redirections reach into these packages; another version must be read before it is allowed here.
+CPU_VERSIONS = {"nemo_toolkit": ("2.7.3",), "megatron-core": ("0.15.3",), "lightning": ("2.4.0",), "torch": ("2.13.0", "2.11.0")}
+
+_active: bool | None = None
+
+
+def activate() -> bool:
+    """Make NeMo and Megatron importable and trainable on this machine. True where the CPU redirections were installed.
+
+    Idempotent. Raises UserError where a package is of a version that the redirections were not written for.
+    """
+    global _active
+    if _active is not None:
+        return _active
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallel overlap needs one hardware queue
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    if torch.cuda.is_available():
+        _active = False
+        return False
+    _check_versions()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile: minutes of C++ on a CPU
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    from nemo_ext.platform import cpu_torch
+
+    cpu_torch.install()
+    from nemo_ext.platform import cpu_megatron
+
+    cpu_megatron.install()
+    from nemo_ext.platform import cpu_nemo
+
+    cpu_nemo.install()
+    _active = True
+    return True
+
+
+def distributed_backend() -> str:
+    """The torch.distributed backend of this machine."""
+    return "gloo" if activate() else "nccl"
+
+
+def _check_versions() -> None:
+    for package, known in CPU_VERSIONS.items():
+        try:
+            found = importlib.metadata.version(package).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{package} is not installed: run `make setup`") from None
+        if found not in known:
+            raise UserError(f"training without CUDA was written for {package} {' or '.join(known)}, found {found}: run `make setup`")

@@ -1,0 +1,252 @@
+"""What a finished (or stopped) run says to people: summary.json, summary.md and plots/*.png from metrics.jsonl."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_ext import run_folder
+
+WARM_UP_STEPS = 2  # the first steps of a run (allocation, compilation, cold caches) say nothing about its speed
+
+PLOTS = {  # file name: y label
+    "loss": "loss (nats per token)",
+    "val_loss": "held-out loss (nats per token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm (L2, before clipping)",
+    "throughput": "throughput (tokens/s, all processes)",
+}
+
+
+def write(run_dir: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write plots, summary.json and summary.md of the run in `run_dir`; return the summary.
+
+    `facts` is what metrics.jsonl cannot know; every key goes into the summary as it is. Keys that the text knows: `recipe`,
+    `layout` (a dictionary such as {"tp": 2, "pp": 1, "dp": 1}), `resumed_from_step`, `checkpoint` (path), `parameters`,
+    `train_tokens` and `heldout_tokens`, `planned_memory` (GiB), `machine` (text), `wall_time` (seconds). Missing ones are left out.
+
+    Losses are nats per token, `tokens_per_s` is the median over the steps after the first two (all processes together),
+    `tflops` the same per GPU (or CPU process), `memory` the peak GiB of the rank that writes the metrics, `wall_time` seconds.
+    A value that was not measured is None.
+    """
+    run_dir = Path(run_dir)
+    steps, validations = run_folder.read_records(run_dir)
+    summary = summarise(steps, validations, facts)
+    plots = _write_plots(run_dir, steps, validations, summary["resumed_from_step"])
+    summary["paths"] = {
+        "run": str(run_dir),
+        "metrics": run_folder.METRICS,
+        "config": run_folder.CONFIG,
+        "tensorboard": run_folder.TENSORBOARD,
+        "logs": run_folder.LOGS,
+        "checkpoint": facts.get("checkpoint"),
+        "plots": plots,
+    }
+    run_folder.write_json(run_dir / run_folder.SUMMARY_JSON, summary)
+    run_folder.write_atomic(run_dir / run_folder.SUMMARY_MD, _markdown(run_dir, summary))
+    return summary
+
+
+def summarise(steps: Sequence[dict], validations: Sequence[dict], facts: dict[str, Any]) -> dict[str, Any]:
+    """The figures of summary.json from the records of metrics.jsonl (sorted by step, each step once) and `facts`.
+
+    "Before" is the validation at step 0, "after" the last one at a later step.
+    """
+    before = next((_number(v, "val_loss") for v in validations if v["step"] == 0), None)
+    after = next((_number(v, "val_loss") for v in reversed(validations) if v["step"] > 0), None)
+    losses = _numbers(steps, "loss")
+    return {
+        **facts,
+        "val_loss_before": before,
+        "val_loss_after": after,
+        "val_ppl_before": perplexity(before),
+        "val_ppl_after": perplexity(after),
+        "train_loss_first": losses[0] if losses else None,
+        "train_loss_last": losses[-1] if losses else None,
+        "steps": steps[-1]["step"] if steps else 0,
+        "tokens": int(steps[-1].get("tokens") or 0) if steps else 0,
+        "tokens_per_s": _median(_numbers(steps[WARM_UP_STEPS:] or steps, "tokens_per_s")),
+        "tflops": _median(_numbers(steps[WARM_UP_STEPS:] or steps, "tflops")),
+        "memory": max(_numbers(steps, "memory"), default=None),
+        "wall_time": facts.get("wall_time", _wall_time(steps, validations)),
+        "layout": facts.get("layout"),
+        "resumed_from_step": facts.get("resumed_from_step") or 0,
+    }
+
+
+def terminal_lines(summary: dict[str, Any]) -> list[str]:
+    """The few lines that a person sees when the run ends."""
+    lines = [f"{label:<12} {text}" for label, text in _headlines(summary)]
+    paths = summary.get("paths") or {}
+    if paths.get("run"):
+        lines.append(f"{'folder':<12} {paths['run']} ({run_folder.SUMMARY_MD}, {run_folder.PLOTS}/, {run_folder.METRICS})")
+    if paths.get("checkpoint"):
+        lines.append(f"{'checkpoint':<12} {paths['checkpoint']}")
+    return lines
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss); None where there is no loss or the result is no finite number."""
+    if loss is None:
+        return None
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
+def layout_text(layout: Any) -> str:
+    """A layout for people: {"tp": 2, "pp": 1, "dp": 4, "recompute": "full"} becomes "TP 2 x PP 1 x DP 4, full recomputation".
+
+    Virtual stages (vp), context (cp) and expert (ep) parallelism are named where they are used.
+    """
+    if not isinstance(layout, dict):
+        return str(layout)
+    used = [key for key in ("tp", "pp", "vp", "cp", "ep", "dp") if (layout.get(key) or 0) > (key in ("vp", "cp", "ep"))]
+    parts = [" x ".join(f"{key.upper()} {layout[key]}" for key in used)]
+    if layout.get("sequence_parallel"):
+        parts.append("sequence parallel")
+    if layout.get("micro_batch"):
+        parts.append(f"micro-batches of {layout['micro_batch']} x {layout.get('num_microbatches') or 1}")
+    if layout.get("recompute") not in (None, "none"):
+        parts.append(f"{layout['recompute']} recomputation")
+    return ", ".join(filter(None, parts))
+
+
+def duration(seconds: float) -> str:
+    """ "0:42", "12:05" or "3:04:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _number(record: dict, key: str) -> float | None:
+    value = record.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _numbers(records: Sequence[dict], key: str) -> list[float]:
+    return [value for record in records if (value := _number(record, key)) is not None]
+
+
+def _shown(value: float | None, pattern: str) -> str:
+    return "not measured" if value is None else format(value, pattern)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _wall_time(steps: Sequence[dict], validations: Sequence[dict]) -> float | None:
+    """Seconds from the first record's beginning to the last record (pauses between starts of one run are in it)."""
+    times = _numbers([*steps, *validations], "time")
+    if not times:
+        return None
+    first = _number(steps[0], "step_time") if steps and _number(steps[0], "time") == min(times) else None
+    return max(times) - min(times) + (first or 0.0)
+
+
+def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and text of each figure worth a line, for terminal and Markdown alike; what was not measured is left out."""
+    before, after = summary["val_loss_before"], summary["val_loss_after"]
+    rows = []
+    if before is not None or after is not None:
+        losses = f"{_shown(before, '.4f')} -> {_shown(after, '.4f')}"
+        ppls = f"{_shown(summary['val_ppl_before'], ',.2f')} -> {_shown(summary['val_ppl_after'], ',.2f')}"
+        rows.append(("held-out", f"loss {losses}, perplexity {ppls}"))
+    if summary["train_loss_last"] is not None:
+        rows.append(("training", f"loss {summary['train_loss_first']:.4f} -> {summary['train_loss_last']:.4f}"))
+    took = "" if summary["wall_time"] is None else f" in {duration(summary['wall_time'])}"
+    resumed = f", resumed from step {summary['resumed_from_step']}" if summary["resumed_from_step"] else ""
+    rows.append(("steps", f"{summary['steps']:,} ({summary['tokens']:,} tokens){took}{resumed}"))
+    if summary["tokens_per_s"] is not None:
+        speed = f"{summary['tokens_per_s']:,.0f} tokens/s"
+        if summary["tflops"] is not None:
+            speed += f", {summary['tflops']:.3g} TFLOP/s per process"
+        if summary["memory"] is not None:
+            planned = f" ({summary['planned_memory']:.2f} planned)" if summary.get("planned_memory") else ""
+            speed += f", {summary['memory']:.2f} GiB peak{planned}"
+        rows.append(("speed", speed))
+    if summary["layout"]:
+        rows.append(("layout", layout_text(summary["layout"])))
+    return rows
+
+
+def _markdown(run_dir: Path, summary: dict[str, Any]) -> str:
+    lines = [f"# {summary.get('recipe') or run_dir.name}", "", "| | before | after |", "|---|---:|---:|"]
+    for label, first, last, pattern in (
+        ("held-out loss (nats per token)", "val_loss_before", "val_loss_after", ".4f"),
+        ("held-out perplexity", "val_ppl_before", "val_ppl_after", ",.2f"),
+        ("training loss (nats per token)", "train_loss_first", "train_loss_last", ".4f"),
+    ):
+        lines.append(f"| {label} | {_shown(summary[first], pattern)} | {_shown(summary[last], pattern)} |")
+    lines.append("")
+    lines += [f"- {label}: {text}" for label, text in _headlines(summary) if label not in ("held-out", "training")]
+    if summary.get("parameters"):
+        lines.append(f"- model: {summary['parameters'] / 1e6:,.1f} M parameters")
+    if summary.get("train_tokens"):
+        lines.append(f"- data: {summary['train_tokens']:,} tokens for training, {summary.get('heldout_tokens') or 0:,} held out")
+    if summary.get("machine"):
+        lines.append(f"- machine: {summary['machine']}")
+    paths = summary["paths"]
+    lines += ["", "## Where everything is", "", f"Folder `{paths['run']}`:", ""]
+    if paths["checkpoint"]:
+        lines.append(f"- checkpoint: `{paths['checkpoint']}`")
+    inside = {
+        run_folder.CONFIG: "the resolved configuration; give it back as `config=` to repeat the run",
+        run_folder.METRICS: "one line per step",
+        run_folder.TENSORBOARD: "`tensorboard --logdir` shows it",
+        run_folder.LOGS: "what each process printed",
+    }
+    lines += [f"- [{name}]({name}): {what}" for name, what in inside.items() if (run_dir / name).exists()]
+    if paths["plots"]:
+        lines += ["", "## Plots", ""]
+        lines += [f"![{PLOTS[Path(plot).stem]}]({plot})" for plot in paths["plots"]]
+    return "\n".join(lines) + "\n"
+
+
+def _write_plots(run_dir: Path, steps: Sequence[dict], validations: Sequence[dict], resumed_from_step: int) -> list[str]:
+    """Draw every series that has a point; return the files' paths relative to the run's folder."""
+    written = []
+    for name, label in PLOTS.items():
+        records, key = (
+            (validations, "val_loss") if name == "val_loss" else (steps, {"throughput": "tokens_per_s"}.get(name, name))
+        )
+        points = [(record["step"], value) for record in records if (value := _number(record, key)) is not None]
+        path = f"{run_folder.PLOTS}/{name}.png"
+        if not points:
+            (run_dir / path).unlink(missing_ok=True)  # of an earlier start
+            continue
+        run_folder.write_atomic(run_dir / path, _plot(points, label, resumed_from_step, markers=name == "val_loss"))
+        written.append(path)
+    return written
+
+
+def _plot(points: Sequence[tuple[int, float]], label: str, resumed_from_step: int, markers: bool) -> bytes:
+    """One line over the optimizer's steps, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    few = markers or len(points) < 3
+    axes.plot(*zip(*points), color="#3b6ea8", linewidth=1.4, marker="o" if few else None, markersize=4)
+    if resumed_from_step:
+        axes.axvline(resumed_from_step, color="#999999", linestyle=":", label=f"resumed from step {resumed_from_step}")
+        axes.legend(frameon=False)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()

@@ -1,0 +1,182 @@
+"""Recipes: what to train and how. A recipe is a method times a model family, never a file for a pair.
+
+    recipes.names()                          # {"cpt_llama3": "continue pre-training: Llama 3.1 and 3.2", ...}
+    recipes.load("cpt_llama3", size="8b")    # a NeMo-Run object: print it, change it, diff it
+
+Listing recipes and resolving their keys imports neither torch nor NeMo; `load` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_ext.architecture import Architecture
+from nemo_ext.errors import UserError
+from recipes import models
+from recipes.keys import TrainKeys, fields
+from recipes.models import FAMILIES
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: its description, the families it takes, and its defaults where they differ from the schema's."""
+
+    description: str
+    families: tuple[str, ...]
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    needs_weights: bool = False
+
+
+METHODS = {
+    "cpt": Method("continue pre-training", tuple(f for f in FAMILIES if f != "custom"), needs_weights=True),
+    "pretrain": Method("pre-train from random weights", tuple(FAMILIES), {"lr": 3e-4}),
+}
+SHAPE_KEYS = {"layers": "num_layers", "hidden": "hidden_size", "ffn": "ffn_hidden_size", "heads": "num_attention_heads",
+              "kv_heads": "num_query_groups", "vocab": "vocab_size", "tied": "share_embeddings_and_output_weights"}  # fmt: skip
+
+
+def names() -> dict[str, str]:
+    """Every recipe with a line about it."""
+    return {
+        f"{method}_{family}": f"{m.description}: {FAMILIES[family].description}"
+        for method, m in METHODS.items()
+        for family in m.families
+    }
+
+
+def split(name: str) -> tuple[Method, str]:
+    """The method and family of a recipe's name. Raises UserError that names the nearest recipe."""
+    import difflib
+
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
+        raise UserError(f"recipe={name} is unknown, the nearest is {near[0]}; run without arguments to list all")
+    method, family = name.split("_", 1)
+    return METHODS[method], family
+
+
+def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
+    """All keys of a recipe: the given ones over the method's and size's defaults.
+
+    What only the data or the plan can tell (`steps`, `tp`, `micro_batch` ...) stays None. Raises UserError.
+    """
+    method, family = split(name)
+    if (unknown := set(given) - set(fields())) != set():
+        raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
+    keys = {**{n: f.default for n, f in fields().items()}, **method.defaults}
+    keys.update({k: v for k, v in given.items() if v is not None})
+    keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
+    on_cpu = keys["device"] == "cpu"
+    keys["size"] = keys["size"] or (("smoke" if on_cpu and not keys["model"] else FAMILIES[family].default_size))
+    smoke = on_cpu and keys["size"] == "smoke"
+    defaults = {
+        "data": "python-docs",
+        "seq": 256 if on_cpu else 4096,
+        "global_batch": 4 if on_cpu else 128,
+        "precision": "fp32" if on_cpu else "bf16",
+        "gpus": 1 if on_cpu else None,
+        "steps": 24 if smoke else None,
+        "out": f"runs/{name}-{keys['size']}",
+    }
+    keys.update({k: v for k, v in defaults.items() if keys[k] is None})
+    if any(keys[k] is not None for k in SHAPE_KEYS) and family != "custom":
+        bad = next(k for k in SHAPE_KEYS if keys[k] is not None)
+        raise UserError(f"{bad}= is for recipe=pretrain_custom: the shape of {name} is its checkpoint's")
+    for check in (_positive, _choices, _shares):
+        check(keys)
+    models.size(family, keys["size"])
+    return keys
+
+
+def finish(keys: dict[str, Any]) -> dict[str, Any]:
+    """Fill what follows from the number of steps. `keys["steps"]` must be known."""
+    steps = keys["steps"]
+    defaults = {
+        "warmup": min(max(1, round(0.03 * steps)), steps - 1),
+        "min_lr": keys["lr"] / 10,
+        "every": max(1, min(500, steps // 10)) if steps > 100 else max(1, steps // 2),
+        "val_every": max(1, steps // 10) if steps > 100 else max(1, steps // 2),
+    }
+    return {**keys, **{k: v for k, v in defaults.items() if keys[k] is None}}
+
+
+def architecture(name: str, keys: dict[str, Any]) -> Architecture:
+    """The shape that a recipe's size (and, for custom, its shape keys) describes."""
+    _, family = split(name)
+    shape = models.size(family, keys["size"]).architecture
+    changes = {field: keys[k] for k, field in SHAPE_KEYS.items() if keys[k] is not None}
+    if not changes:
+        return shape
+    if "num_attention_heads" in changes and "num_query_groups" not in changes:
+        changes["num_query_groups"] = changes["num_attention_heads"]
+    try:
+        changed = dataclasses.replace(shape, **changes, kv_channels=0)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if changed.hidden_size % changed.num_attention_heads:
+        raise UserError(f"hidden={changed.hidden_size} is not a multiple of heads={changed.num_attention_heads}")
+    return changed
+
+
+def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, Any] | None = None, **given: Any):
+    """The recipe as a NeMo-Run object (`run.Partial` of `llm.pretrain`).
+
+    Keys that are planned or measured before a run take their simplest value here when not given: one device per model
+    replica, 1,000 steps. `shape` replaces the size's architecture (a checkpoint of another shape); `overrides` sets fields by
+    path (`{"trainer.strategy.ckpt_parallel_save": False}`). Reads and writes no file. Raises UserError.
+    """
+    from nemo_ext import platform
+
+    cpu = platform.activate()
+    keys = resolve(name, given, cuda=not cpu)
+    simplest = dict(gpus=1, tp=1, pp=1, vp=1, cp=1, micro_batch=1, steps=1000)
+    keys.update({k: v for k, v in simplest.items() if keys[k] is None})
+    keys["sp"] = keys["tp"] > 1 if keys["sp"] is None else keys["sp"]
+    keys = finish(keys)
+    from recipes import pretraining
+    from recipes.overrides import apply
+
+    recipe = pretraining.build(keys, shape or architecture(name, keys))
+    apply(recipe, overrides or {})
+    return recipe
+
+
+def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | None, checkpoint: str | None):
+    """Put this machine's paths into a recipe: the run's folder, the tokenizer's, the corpus, and where to start from.
+
+    `weights` is a converted checkpoint whose weights start a new run; `checkpoint` one of this run, continued exactly.
+    """
+    from recipes import binding
+
+    return binding.bind(recipe, run_dir=run_dir, tokenizer=tokenizer, blend=blend, weights=weights, checkpoint=checkpoint)
+
+
+def _positive(keys: dict[str, Any]) -> None:
+    for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp cp "
+                 "gpu_memory every keep val_every val_batches eps layer_decay").split():  # fmt: skip
+        if keys[name] is not None and keys[name] <= 0:
+            raise UserError(f"{name}={keys[name]} must be above 0")
+    for name in ("warmup", "min_lr", "weight_decay", "clip"):
+        if keys[name] is not None and keys[name] < 0:
+            raise UserError(f"{name}={keys[name]} must not be negative")
+    if keys["min_lr"] is not None and keys["min_lr"] > keys["lr"]:
+        raise UserError(f"min_lr={keys['min_lr']} is above lr={keys['lr']}")
+    if keys["steps"] and keys["warmup"] is not None and keys["warmup"] >= keys["steps"]:
+        raise UserError(f"warmup={keys['warmup']} leaves no step of steps={keys['steps']}")
+
+
+def _shares(keys: dict[str, Any]) -> None:
+    for name, low, high in (("heldout", 0.0, 1.0), ("decay", 0.0, 1.0), ("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)):
+        if not low <= keys[name] < high and not (name == "decay" and keys[name] == 1.0):
+            raise UserError(f"{name}={keys[name]} must be at least {low:g} and below {high:g}")
+
+
+def _choices(keys: dict[str, Any]) -> None:
+    for name, field in fields().items():
+        if (choices := field.metadata["choices"]) and keys[name] is not None and keys[name] not in choices:
+            raise UserError(f"{name}={keys[name]} is none of {', '.join(choices)}")
+
+
+__all__ = ["METHODS", "TrainKeys", "architecture", "bind", "finish", "load", "names", "resolve", "split"]

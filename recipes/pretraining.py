@@ -1,0 +1,171 @@
+"""Pre-training from random weights and continued pre-training: one recipe, with or without a checkpoint to start from.
+
+Importing this module imports NeMo; `recipes.load` does so after `nemo_ext.platform.activate()`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nemo_run as run
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
+
+from nemo_ext.architecture import Architecture
+from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
+from nemo_ext.callbacks.evaluation import Evaluation
+from nemo_ext.callbacks.metrics import MetricsCallback
+from nemo_ext.callbacks.stop import StopOnSignal
+from nemo_ext.data.module import CorpusDataModule
+from nemo_ext.modeling import model_config
+from nemo_ext.optim import LayerwiseAdam, WarmupSchedule
+from nemo_ext.run_folder import CHECKPOINTS
+
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = {"bf16": "bf16-mixed", "fp8": "bf16-mixed", "fp16": "16-mixed", "fp32": "32"}
+
+
+def build(keys: dict[str, Any], architecture: Architecture) -> run.Partial:
+    """`run.Partial(llm.pretrain, ...)` from resolved keys. Paths of this machine are bound later (`recipes.bind`)."""
+    seq, global_batch = keys["seq"], keys["global_batch"]
+    return run.Partial(
+        llm.pretrain,
+        model=model_config(architecture, seq, **_recompute(keys), **_pipeline(keys), cross_entropy_fusion_impl="te"),
+        data=run.Config(
+            CorpusDataModule,
+            blend=[],
+            seq_length=seq,
+            micro_batch_size=keys["micro_batch"],
+            global_batch_size=global_batch,
+            seed=keys["seed"],
+            num_workers=2 if keys["device"] == "gpu" else 0,
+            val_batches=keys["val_batches"],
+        ),
+        trainer=_trainer(keys, architecture),
+        log=run.Config(nl.NeMoLogger, use_datetime_version=False, ckpt=None, tensorboard=None, wandb=None),
+        optim=_optimizer(keys),
+        resume=run.Config(nl.AutoResume),
+    )
+
+
+def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
+    distributed = keys["distributed_optimizer"]
+    ddp = run.Config(
+        DistributedDataParallelConfig,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=keys["overlap"],
+        overlap_param_gather=keys["overlap"] and distributed,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+    )
+    strategy = run.Config(
+        nl.MegatronStrategy,
+        tensor_model_parallel_size=keys["tp"],
+        pipeline_model_parallel_size=keys["pp"],
+        virtual_pipeline_model_parallel_size=keys["vp"] if keys["vp"] and keys["vp"] > 1 else None,
+        context_parallel_size=keys["cp"],
+        sequence_parallel=keys["sp"],
+        pipeline_dtype=DTYPES[keys["precision"]],
+        ddp=ddp,
+        gradient_as_bucket_view=True,
+        ckpt_async_save=keys["async_save"],
+        ckpt_optim_fully_reshardable=True,  # loads at any other TP, PP and DP
+        replace_progress_bar=False,
+    )
+    callbacks = [
+        run.Config(
+            MetricsCallback,
+            run_dir="",
+            tokens_per_step=keys["global_batch"] * keys["seq"],
+            flops_per_token=architecture.flops_per_token(keys["seq"]),
+            num_devices=keys["nodes"] * keys["gpus"],
+            max_steps=keys["steps"],
+            tensorboard=keys["tensorboard"],
+            wandb=keys["wandb"],
+        ),
+        run.Config(StopOnSignal),
+        run.Config(Evaluation, every=keys["val_every"]),
+        run.Config(AtomicCheckpoint, folder=CHECKPOINTS, every=keys["every"], keep=keys["keep"], async_save=keys["async_save"]),
+    ]
+    return run.Config(
+        nl.Trainer,
+        accelerator=keys["device"],
+        devices=keys["gpus"],
+        num_nodes=keys["nodes"],
+        max_steps=keys["steps"],
+        strategy=strategy,
+        plugins=_precision(keys),
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        val_check_interval=1_000_000_000,  # the Evaluation callback decides
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+    )
+
+
+def _precision(keys: dict[str, Any]) -> run.Config:
+    dtype = DTYPES[keys["precision"]]
+    fp8 = dict(fp8="hybrid", fp8_recipe=keys["fp8_recipe"], **_fp8_history(keys)) if keys["precision"] == "fp8" else {}
+    return run.Config(
+        MegatronMixedPrecision,
+        precision=PRECISIONS[keys["precision"]],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+        **fp8,
+    )
+
+
+def _fp8_history(keys: dict[str, Any]) -> dict[str, Any]:
+    """Delayed scaling takes the largest magnitude of the last 1024 steps (Micikevicius et al. 2022, arXiv:2209.05433)."""
+    return dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max") if keys["fp8_recipe"] == "delayed" else {}
+
+
+def _optimizer(keys: dict[str, Any]) -> run.Config:
+    config = run.Config(
+        OptimizerConfig,
+        optimizer="adam",
+        lr=keys["lr"],
+        weight_decay=keys["weight_decay"],
+        adam_beta1=keys["beta1"],
+        adam_beta2=keys["beta2"],
+        adam_eps=keys["eps"],
+        clip_grad=keys["clip"],
+        bf16=keys["precision"] in ("bf16", "fp8"),
+        fp16=keys["precision"] == "fp16",
+        params_dtype=DTYPES[keys["precision"]],
+        use_distributed_optimizer=keys["distributed_optimizer"],
+    )
+    scheduler = run.Config(
+        WarmupSchedule,
+        max_steps=keys["steps"],
+        lr=keys["lr"],
+        min_lr=keys["min_lr"],
+        warmup_steps=keys["warmup"],
+        schedule=keys["schedule"],
+        decay_fraction=keys["decay"],
+    )
+    return run.Config(LayerwiseAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"])
+
+
+def _recompute(keys: dict[str, Any]) -> dict[str, Any]:
+    if keys["recompute"] == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if keys["recompute"] == "selective":
+        # fused attention keeps no scores to recompute; unfused attention on a CPU does
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn" if keys["device"] == "cpu" else "mlp"])
+    return {}
+
+
+def _pipeline(keys: dict[str, Any]) -> dict[str, Any]:
+    """Interleaved stages exchange tensors while they compute, with single messages: batched ones pair up wrongly on gloo."""
+    return dict(overlap_p2p_comm=True, batch_p2p_comm=False) if keys["vp"] and keys["vp"] > 1 else {}

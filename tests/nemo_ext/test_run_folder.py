@@ -1,0 +1,96 @@
+"""The files of a run's folder: replaced whole, appended by the line, read while half-written."""
+
+import json
+
+import pytest
+
+from nemo_ext import run_folder
+
+
+def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    run_folder.write_atomic(path, "one")
+    run_folder.write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    run_folder.write_atomic(path, "old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run_folder.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_read_records_sorts_keeps_last_and_passes_over_broken_lines(tmp_path):
+    lines = [
+        '{"step": 2, "loss": 2.0}',
+        '{"step": 1, "loss": 1.0}',
+        "not json",
+        "[1, 2]",
+        '{"loss": 5.0}',
+        '{"step": 2, "loss": 2.5}',
+        '{"step": 0, "val_loss": 3.0}',
+        '{"step": 2, "val_loss": NaN}',
+        '{"step": 3, "lo',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    steps, validations = run_folder.read_records(tmp_path)
+    assert steps == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+    assert [v["step"] for v in validations] == [0, 2]
+    assert run_folder.read_records(tmp_path / "nowhere") == ([], [])
+
+
+def test_truncate_drops_later_steps_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 0, "val_loss": 3.0}, *({"step": s, "loss": float(s)} for s in range(1, 6)), {"step": 5, "val_loss": 2.0}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 3, "lo')
+    kept = run_folder.truncate_records(tmp_path, 3)
+    assert kept == records[:4]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records[:4]
+    assert run_folder.truncate_records(tmp_path / "nowhere", 3) == []
+
+
+def test_truncate_leaves_an_unchanged_file_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    before = path.stat().st_ino
+    run_folder.truncate_records(tmp_path, 1)
+    assert path.stat().st_ino == before
+
+
+def test_tail_gives_whole_lines_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = run_folder.Tail(path)
+    assert tail.read() == []
+    path.write_bytes(b'{"step": 1}\n{"step": 2')
+    assert tail.read() == [{"step": 1}]
+    assert tail.read() == []
+    with open(path, "ab") as file:
+        file.write(b'}\n{"step": 3}\n')
+    assert tail.read() == [{"step": 2}, {"step": 3}]
+    path.write_bytes(b'{"step": 9}\n')  # rewritten, shorter
+    assert tail.read() == [{"step": 9}]
+
+
+def test_status_round_trip(tmp_path):
+    assert run_folder.read_status(tmp_path) is None
+    run_folder.write_status(tmp_path, "training", 3, 10, "hello", started=1.5)
+    status = run_folder.read_status(tmp_path)
+    assert status.pop("time") > 1.7e9
+    assert status == {"phase": "training", "step": 3, "max_steps": 10, "message": "hello", "started": 1.5}
+    with pytest.raises(ValueError, match="sleeping"):
+        run_folder.write_status(tmp_path, "sleeping")
+
+
+def test_json_has_no_nan(tmp_path):
+    value = {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": -float("inf"), "e": "x"}}
+    run_folder.write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": None, "e": "x"}}
