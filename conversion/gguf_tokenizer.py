@@ -103,6 +103,7 @@ def write(metadata: Mapping[str, Any], folder: Path) -> None:
         "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added},
         "add_bos_token": bos,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": int(metadata[f"{metadata['general.architecture']}.context_length"]),
         **names,
     }

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
@@ -107,16 +107,22 @@ def nemo_logits(nemo_dir: Path, tokens: torch.Tensor) -> torch.Tensor:
     return logits[..., : architecture.vocab_size].float().cpu()
 
 
-def load_megatron(nemo_dir: Path, architecture: Architecture, seq_length: int) -> GPTModel:
-    """Megatron's GPTModel with the checkpoint's weights, whole on this process, fp32, in evaluation mode."""
+def load_megatron(nemo_dir: Path, architecture: Architecture, seq_length: int, **overrides: Any) -> GPTModel:
+    """This process's part of Megatron's GPTModel with the checkpoint's weights, fp32, in evaluation mode.
+
+    Megatron's parallel state must be there; `overrides` are fields of the NeMo configuration that go with it, such as
+    `tensor_model_parallel_size`. Raises UserError if the checkpoint does not have the model's tensors.
+    """
     import fiddle
     import torch
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
     from nemo_ext.modeling import model_config
 
-    config = fiddle.build(model_config(architecture, seq_length, params_dtype=torch.float32, bf16=False)).config
-    model = config.configure_model(tokenizer=None, pre_process=True, post_process=True).cuda().eval()
+    options = dict(params_dtype=torch.float32, bf16=False, **overrides)
+    config = fiddle.build(model_config(architecture, seq_length, **options)).config
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    model = config.configure_model(tokenizer=None, pre_process=first, post_process=last).cuda().eval()
     wanted = {"state_dict": model.sharded_state_dict(prefix="module.")}
     loaded = dist_checkpointing.load(wanted, str(Path(nemo_dir) / "weights"))["state_dict"]
     state = {name.removeprefix("module."): value for name, value in loaded.items() if not name.endswith("_extra_state")}

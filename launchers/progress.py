@@ -22,6 +22,7 @@ from nemo_ext.report import duration
 POLL_SECONDS = 0.2
 LINE_SECONDS = (10.0, 300.0)  # plain lines come at least and at most this far apart; a fiftieth of what is left, between
 BAR_LINE_SECONDS = 10.0
+NARROW = 100  # columns; a terminal of fewer gets a shorter bar line
 
 
 class Process(Protocol):
@@ -90,12 +91,12 @@ class _Run:
             return None
         return (self.max_steps - self.step) * statistics.median(self._step_times)
 
-    def figures(self) -> str:
-        """Loss, speed and time left in one line; what is not known yet is left out."""
+    def figures(self, narrow: bool = False) -> str:
+        """Loss, speed and time left in one line; what is not known yet is left out, the held-out loss also when `narrow`."""
         parts = []
         if self.record:
             parts.append(f"loss {_figure(self.record.get('loss'), '.4f')}")
-        if self.val_loss is not None:
+        if self.val_loss is not None and not (narrow and self.record):
             parts.append(f"held-out {self.val_loss:.4f}")
         if self.record:
             parts.append(f"{_figure(self.record.get('tokens_per_s'), ',.0f')} tokens/s")
@@ -114,9 +115,10 @@ class _BarView:
     """One live line: phase, bar, steps, figures."""
 
     def __init__(self, console: Console) -> None:
+        self._narrow = console.width < NARROW
         columns = (
             TextColumn("{task.description:<10}"),
-            BarColumn(24),
+            BarColumn(6 if self._narrow else 24),
             TextColumn("{task.fields[steps]}"),
             TextColumn("{task.fields[figures]}"),
         )
@@ -132,7 +134,7 @@ class _BarView:
 
     def show(self, run: _Run, records: list[dict]) -> None:
         steps = f"{run.step}/{run.max_steps}" if run.max_steps else ""
-        figures = run.figures() or run.message
+        figures = run.figures(self._narrow) or run.message
         total = run.max_steps if run.record else None  # no length before the first step: the bar pulses
         self._progress.update(self._task, description=run.phase, completed=run.step, total=total, steps=steps, figures=figures)
 
@@ -199,7 +201,8 @@ class Counter:
 def bar(label: str, total: int | None = None, unit: str = "", console: Console | None = None) -> Iterator[Counter]:
     """Progress of a preparation step: `with bar("tokenising", total, "documents") as progress: progress(done)`.
 
-    `total` None means unknown; bytes (unit "B") are shown as megabytes. In a log: a line every ten seconds and one at the end with the time it took.
+    `total` None means unknown; bytes (unit "B") are shown as megabytes. In a log: a line every ten seconds and one at the end
+    with the time it took.
     """
     console = console or Console()
     started = time.monotonic()

@@ -27,7 +27,8 @@ def write(run_dir: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
 
     `facts` is what metrics.jsonl cannot know; every key goes into the summary as it is. Keys that the text knows: `recipe`,
     `layout` (a dictionary such as {"tp": 2, "pp": 1, "dp": 1}), `resumed_from_step`, `checkpoint` (path), `parameters`,
-    `train_tokens` and `heldout_tokens`, `planned_memory` (GiB), `machine` (text), `wall_time` (seconds). Missing ones are left out.
+    `train_tokens` and `heldout_tokens`, `planned_memory` (GiB), `machine` (text), `wall_time` (seconds). Missing ones are left
+    out.
 
     Losses are nats per token, `tokens_per_s` is the median over the steps after the first two (all processes together),
     `tflops` the same per GPU (or CPU process), `memory` the peak GiB of the rank that writes the metrics, `wall_time` seconds.

@@ -71,9 +71,10 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     on_cpu = keys["device"] == "cpu"
     keys["size"] = keys["size"] or (("smoke" if on_cpu and not keys["model"] else FAMILIES[family].default_size))
     smoke = on_cpu and keys["size"] == "smoke"
+    longest = models.size(family, keys["size"]).architecture.max_position_embeddings
     defaults = {
         "data": "python-docs",
-        "seq": 256 if on_cpu else 4096,
+        "seq": min(256 if on_cpu else 4096, longest),
         "global_batch": 4 if on_cpu else 128,
         "precision": "fp32" if on_cpu else "bf16",
         "gpus": 1 if on_cpu else None,
@@ -86,7 +87,6 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
         raise UserError(f"{bad}= is for recipe=pretrain_custom: the shape of {name} is its checkpoint's")
     for check in (_positive, _choices, _shares):
         check(keys)
-    models.size(family, keys["size"])
     return keys
 
 

@@ -28,10 +28,13 @@ class Evaluation(Callback):
             self.evaluate(trainer)
 
     def evaluate(self, trainer) -> None:
-        """One pass over the held-out batches, at most once a step."""
-        if trainer.global_step == self.evaluated_step or not trainer.datamodule.has_heldout:
+        """One pass over the held-out batches, if there are any, at most once a step."""
+        if trainer.global_step == self.evaluated_step:
             return
         self.evaluated_step = trainer.global_step
+        connector = trainer._logger_connector
+        first_loop_iter = connector._first_loop_iter  # the training loop's, which the validation loop overwrites
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+        connector._first_loop_iter = first_loop_iter

@@ -19,7 +19,7 @@ def install() -> None:
     megatron_init._set_random_seed = _seed_model_parallel
     # asserts that CUDA is initialised; there is nothing to move
     checkpoint_io._fix_tensors_device = lambda state: state
-    gpt_base.local_layer_spec = gpt_base.transformer_engine_layer_spec
+    gpt_base.HAVE_TE = True  # chooses its layer spec, built from nemo_ext.platform.te_layers, and allows batches without a mask
     if hasattr(lora, "te"):  # `module.__class__ == te.Linear` raises where Transformer Engine is missing
         lora.te = types.SimpleNamespace(Linear=type("Linear", (), {}), __name__="transformer_engine.pytorch")
 

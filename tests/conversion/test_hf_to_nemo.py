@@ -64,9 +64,8 @@ def test_what_the_folder_holds(llama, nemo):
 
 def test_keys_and_shapes_are_megatrons(nemo):
     """Against the model itself: every tensor and every extra state it would load is there with its shape, and no other tensor."""
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
     from megatron.core.dist_checkpointing.utils import extract_sharded_base, extract_sharded_tensors
-    from megatron.core.dist_checkpointing.validation import apply_factories
 
     from conversion import verify
 

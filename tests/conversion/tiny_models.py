@@ -14,7 +14,7 @@ def configs() -> dict:
     """{name: transformers configuration} of everything the families promise."""
     import transformers as tf
 
-    gemma = SIZES | dict(num_hidden_layers=7, head_dim=16, sliding_window=12, query_pre_attn_scalar=24)
+    gemma = SIZES | dict(num_hidden_layers=8, head_dim=16, sliding_window=12, query_pre_attn_scalar=24)
     found = {
         "llama": tf.LlamaConfig(**SIZES),
         "llama_tied_scaled": tf.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_scaling=LLAMA3_ROPE, rope_theta=500.0),

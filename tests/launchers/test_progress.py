@@ -47,10 +47,10 @@ WORKER = textwrap.dedent(
 )
 
 
-def run(run_dir, first: int, last: int, code: int = 0, terminal: bool = False) -> tuple[int, str]:
+def run(run_dir, first: int, last: int, code: int = 0, terminal: bool = False, width: int = 200) -> tuple[int, str]:
     """Follow a synthetic run; its exit code and what was shown."""
     text = io.StringIO()
-    console = Console(file=text, force_terminal=terminal, width=200, color_system=None, legacy_windows=False)
+    console = Console(file=text, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
     command = [sys.executable, "-c", WORKER, str(run_dir), str(first), str(last), str(code)]
     process = subprocess.Popen(command)
     try:
@@ -105,6 +105,11 @@ def test_bar_on_a_terminal(tmp_path):
     assert code == 0
     assert "20/20" in text and "loss 2.8000" in text and "12,346 tokens/s" in text and "1.5 TFLOP/s" in text
     assert "held-out 2.5000" in text and "ETA 0:00" in text and "finished" in text and "\x1b[" in text
+
+
+def test_bar_on_a_narrow_terminal_keeps_what_matters(tmp_path):
+    _, text = run(tmp_path, 0, 20, terminal=True, width=80)
+    assert "20/20 loss 2.8000  12,346 tokens/s  1.5 TFLOP/s  ETA 0:00" in text and "…" not in text.splitlines()[-2]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from nemo import lightning as nl  # noqa: E402
 from nemo.collections import llm  # noqa: E402
 from nemo.lightning.pytorch.plugins import MegatronDataSampler  # noqa: E402
 
-from nemo_ext.callbacks.evaluation import Evaluation  # noqa: E402
 from nemo_ext.callbacks.metrics import MetricsCallback  # noqa: E402
 
 SEQ, MICRO, GLOBAL, VOCAB = 32, 1, 4, 128
@@ -45,8 +44,6 @@ class Sequences(torch.utils.data.Dataset):
 
 class Data(pl.LightningDataModule):
     """Held out is the first global batch of the training data, twice: at step 0 its loss is that of the first step."""
-
-    has_heldout = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +84,15 @@ class Reference(pl.Callback):
         Path(self.run_dir, f"reference{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
 
 
+class EvaluateFirst(pl.Callback):
+    """Validation at step 0."""
+
+    def on_train_start(self, trainer, *unused) -> None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
 class Poison(pl.Callback):
     """Makes the weights of the last stage NaN before a step."""
 
@@ -100,12 +106,17 @@ class Poison(pl.Callback):
 
 def main(run_dir: str, pp: int, tp: int, steps: int, poisoned: int) -> None:
     torch.set_num_threads(1)
+    shape = dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=VOCAB)
+    unfused = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout", "apply_rope", "cross_entropy_loss")
     config = llm.LlamaConfig(
-        num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, seq_length=SEQ,
-        vocab_size=VOCAB, make_vocab_size_divisible_by=VOCAB, share_embeddings_and_output_weights=False,
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
-        apply_rope_fusion=False, cross_entropy_loss_fusion=False, persist_layer_norm=False,
-    )  # fmt: skip
+        **shape,
+        **{f"{name}_fusion": False for name in unfused},
+        seq_length=SEQ,
+        make_vocab_size_divisible_by=VOCAB,
+        share_embeddings_and_output_weights=False,
+        use_cpu_initialization=True,
+        persist_layer_norm=False,
+    )
     schedule = nl.lr_scheduler.WarmupPolicyScheduler(warmup_steps=4, max_steps=100, min_lr=0.0)
     optim = nl.MegatronOptimizerModule(
         config=OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=1.0, use_distributed_optimizer=False), lr_scheduler=schedule
@@ -113,15 +124,27 @@ def main(run_dir: str, pp: int, tp: int, steps: int, poisoned: int) -> None:
     metrics = MetricsCallback(
         run_dir, tokens_per_step=SEQ * GLOBAL, flops_per_token=1e6, num_devices=pp * tp, max_steps=steps, tensorboard=True
     )
+    strategy = nl.MegatronStrategy(
+        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=tp,
+        pipeline_dtype=torch.float32,
+        ddp=DistributedDataParallelConfig(check_for_nan_in_grad=False),
+        replace_progress_bar=False,
+    )
     trainer = nl.Trainer(
-        accelerator="cpu", devices=pp * tp, max_steps=steps, limit_val_batches=2, num_sanity_val_steps=0, val_check_interval=10**9,
-        check_val_every_n_epoch=None, use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, logger=False,
-        log_every_n_steps=0, callbacks=[Reference(run_dir), metrics, Evaluation(every=3), Poison(poisoned)],
-        strategy=nl.MegatronStrategy(
-            pipeline_model_parallel_size=pp, tensor_model_parallel_size=tp, pipeline_dtype=torch.float32,
-            ddp=DistributedDataParallelConfig(check_for_nan_in_grad=False), progress_interval=10**9, replace_progress_bar=False,
-        ),
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=pp * tp,
+        max_steps=steps,
+        strategy=strategy,
+        callbacks=[Reference(run_dir), metrics, EvaluateFirst(), Poison(poisoned)],
+        num_sanity_val_steps=0,
+        limit_val_batches=2,
+        val_check_interval=3,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
     model = llm.LlamaModel(config, optim=optim)
     trainer.fit(model, datamodule=Data())
 

@@ -299,7 +299,7 @@ def train(run_dir: Path, pp: int, tp: int, steps: int, poisoned: int = 0) -> tup
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     with open(run_dir / "log", "w") as log:
         result = subprocess.run(
-            [*command, *map(str, (pp, tp, steps, poisoned))], env=environment, stdout=log, stderr=log, timeout=120
+            [*command, *map(str, (pp, tp, steps, poisoned))], env=environment, stdout=log, stderr=log, timeout=300
         )
     return result.returncode, [json.loads((run_dir / f"reference{rank}.json").read_text()) for rank in range(world)]
 
@@ -321,7 +321,7 @@ def test_one_process(tmp_path):
     code, (reference,) = train(tmp_path, pp=1, tp=1, steps=5)
     assert code == 0, (tmp_path / "log").read_text()[-3000:]
     check(tmp_path, reference, last=5)
-    assert steps(tmp_path) == [0, 1, 2, 3, 3, 4, 5, 5]
+    assert steps(tmp_path) == [0, 1, 2, 3, 3, 4, 5]
     assert phase(tmp_path) == "finished"
     assert [r["tokens"] for r in run_folder.read_records(tmp_path)[0]] == [128, 256, 384, 512, 640]
 

@@ -65,7 +65,7 @@ def test_markdown_and_plots(run_dir):
         "parameters": 134_515_008,
         "planned_memory": 2.0,
     }
-    report.write(run_dir, facts)
+    report.write(run_dir, {**facts, "parameters": 134_515_008})
     text = (run_dir / "summary.md").read_text()
     assert "| held-out loss (nats per token) | 3.0000 | 2.0000 |" in text
     assert "| held-out perplexity | 20.09 | 7.39 |" in text
