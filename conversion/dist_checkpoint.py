@@ -115,7 +115,12 @@ def write(
     with open(folder / ".metadata", "wb") as stream:
         pickle.dump(metadata, stream)
     torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
-    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    backend = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
     (folder / "metadata.json").write_text(json.dumps(backend))
 
 

@@ -76,7 +76,11 @@ EMBEDDING = Row({"model.embed_tokens.weight": "vocab h"}, "embedding.word_embedd
 OUTPUT = Row({"lm_head.weight": "vocab h"}, "output_layer.weight", VOCABULARY, when=_untied)
 FINAL_NORM = Row({"model.norm.weight": "h"}, "decoder.final_layernorm.weight")
 QKV_WEIGHT = Row(
-    {f"{_LAYER}self_attn.q_proj.weight": "q h", f"{_LAYER}self_attn.k_proj.weight": "kv h", f"{_LAYER}self_attn.v_proj.weight": "kv h"},
+    {
+        f"{_LAYER}self_attn.q_proj.weight": "q h",
+        f"{_LAYER}self_attn.k_proj.weight": "kv h",
+        f"{_LAYER}self_attn.v_proj.weight": "kv h",
+    },
     f"{_DECODER}self_attention.linear_qkv.weight",
     QKV,
 )
@@ -92,7 +96,9 @@ Q_NORM = Row({f"{_LAYER}self_attn.q_norm.weight": "d"}, f"{_DECODER}self_attenti
 K_NORM = Row({f"{_LAYER}self_attn.k_norm.weight": "d"}, f"{_DECODER}self_attention.k_layernorm.weight")
 MLP_NORM = Row({f"{_LAYER}post_attention_layernorm.weight": "h"}, f"{_DECODER}mlp.linear_fc1.layer_norm_weight")
 FC1 = Row(
-    {f"{_LAYER}mlp.gate_proj.weight": "ffn h", f"{_LAYER}mlp.up_proj.weight": "ffn h"}, f"{_DECODER}mlp.linear_fc1.weight", GATE_UP
+    {f"{_LAYER}mlp.gate_proj.weight": "ffn h", f"{_LAYER}mlp.up_proj.weight": "ffn h"},
+    f"{_DECODER}mlp.linear_fc1.weight",
+    GATE_UP,
 )
 FC1_FUSED = Row({f"{_LAYER}mlp.gate_up_proj.weight": "2ffn h"}, f"{_DECODER}mlp.linear_fc1.weight")
 FC2 = Row({f"{_LAYER}mlp.down_proj.weight": "h ffn"}, f"{_DECODER}mlp.linear_fc2.weight")
@@ -165,7 +171,13 @@ def _read_llama(config: Config) -> dict[str, Any]:
 
 def _write_llama(a: Architecture) -> dict[str, Any]:
     scaling = {"rope_type": "llama3"} | dataclasses.asdict(a.rope_scaling) if a.rope_scaling else None
-    return {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_theta": a.rotary_base, "rope_scaling": scaling}
+    return {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": a.rotary_base,
+        "rope_scaling": scaling,
+    }
 
 
 def _read_qwen2(config: Config) -> dict[str, Any]:
@@ -306,7 +318,9 @@ def architecture(hf_config: Config) -> Architecture:
     """
     family = family_of(hf_config)
     if quantization := hf_config.get("quantization_config"):
-        raise UserError(f"the checkpoint is quantized ({quantization.get('quant_method', 'unknown method')}): convert the original")
+        raise UserError(
+            f"the checkpoint is quantized ({quantization.get('quant_method', 'unknown method')}): convert the original"
+        )
     config = _text_part(family, hf_config)
     try:
         heads = config["num_attention_heads"]

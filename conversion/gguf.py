@@ -55,8 +55,8 @@ def to_hf(gguf_file: Path, out_dir: Path, dtype: str = "float32", progress: Prog
 
     `dtype` ("float32", "bfloat16" or "float16") is the stored one. The folder has config.json, generation_config.json,
     model.safetensors and the tokenizer, and appears only when complete. `progress(done, total, "tensors")` is called as
-    tensors are written, of which one is in memory at a time. Raises UserError for a file that is not GGUF or truncated, another architecture, or
-    tensors that do not fit the metadata.
+    tensors are written, of which one is in memory at a time. Raises UserError for a file that is not GGUF or truncated, for
+    another architecture or tokenizer, and for tensors that do not fit the metadata.
     """
     import torch
 

@@ -37,9 +37,7 @@ TOKENIZER_FILES = (
 KEY_PREFIX = "module."  # the attribute of NeMo's GPTModel that holds Megatron's
 
 
-def convert(
-    hf_dir: Path, out_dir: Path, *, dtype: str | None = None, progress: Progress | None = None, workers: int = 2
-) -> Path:
+def convert(hf_dir: Path, out_dir: Path, *, dtype: str | None = None, progress: Progress | None = None, workers: int = 2) -> Path:
     """Convert the Hugging Face folder `hf_dir` into the NeMo folder `out_dir` and return that.
 
     `dtype` is "float32", "bfloat16", "float16" or None to keep each tensor's own. `progress(done, total, "MB")` follows the
@@ -144,9 +142,7 @@ def _read(row: Row, architecture: Architecture, infos: list[TensorInfo], dtype: 
     return row.layout.merge(architecture, [info.read().to(dtype) for info in infos])
 
 
-def _check_names(
-    family: Family, architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path
-) -> None:
+def _check_names(family: Family, architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path) -> None:
     """Refuse missing and unexpected tensors. A copy of a tied embedding under the output's name is accepted if equal."""
     expected = {
         families.hf_name(canonical, prefix).format(i=layer)
@@ -165,7 +161,7 @@ def _check_names(
         unexpected.discard(output)
     if unexpected:
         raise UserError(
-            f"{hf_dir} has {len(unexpected)} tensors that a {family.name} of this config.json does not have, first {min(unexpected)}"
+            f"{hf_dir} has {len(unexpected)} tensors that a {family.name} of its config.json has not, first {min(unexpected)}"
         )
 
 

@@ -83,7 +83,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if end - begin != info.nbytes:
             raise UserError(f"{file}: tensor {name} says {end - begin} bytes but its shape and dtype need {info.nbytes}")
         if info.offset + info.nbytes > size:
-            raise UserError(f"{file} is truncated: tensor {name} ends at byte {info.offset + info.nbytes} of {size}; copy it again")
+            raise UserError(
+                f"{file} is truncated: tensor {name} ends at byte {info.offset + info.nbytes} of {size}; copy it again"
+            )
         tensors[name] = info
     return tensors
 
@@ -125,7 +127,7 @@ def files_of(tensors: Mapping[str, TensorInfo]) -> list[Path]:
 
 
 def write_file(file: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]) -> None:
-    """Write one safetensors file; `tensors` come in the order of `specs`, each `{name: (dtype, shape)}`, one in memory at a time."""
+    """Write one safetensors file; `tensors` come in the order of `specs`, `{name: (dtype, shape)}`, one in memory at a time."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in specs.items():
@@ -140,4 +142,3 @@ def write_file(file: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...
             if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {dtype} {shape}")
             stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-

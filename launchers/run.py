@@ -31,7 +31,7 @@ from nemo_ext.errors import RunError, UserError
 GIB = 2**30
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
-    "nodes gpus tp pp vp cp sp micro_batch recompute distributed_optimizer overlap device gpu_memory workers every keep async_save "
+    "nodes gpus tp pp vp cp sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
     "val_every tensorboard wandb out".split()
 )
 

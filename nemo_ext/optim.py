@@ -57,14 +57,15 @@ class WarmupSchedule(LRSchedulerModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1}}
 
 
-def depth_of(name: str, layer_offset: int, num_layers: int) -> int:
+def depth_of(name: str, layer_offset: int, num_layers: int, tied: bool) -> int:
     """Depth of a parameter: 0 for the embedding, 1 + its global layer number, num_layers + 1 for what follows the layers.
 
-    `name` is the parameter's in a pipeline stage's model chunk, whose first layer is number `layer_offset`.
+    `name` is the parameter's in a pipeline stage's model chunk, whose first layer is number `layer_offset`. The last stage's
+    copy of a tied embedding is called output_layer and must learn at the first stage's rate.
     """
     if (match := LAYER.search(name)) is not None:
         return 1 + layer_offset + int(match[1])
-    return 0 if "embedding" in name else num_layers + 1
+    return 0 if "embedding" in name or (tied and "output_layer" in name) else num_layers + 1
 
 
 class LayerwiseAdam(MegatronOptimizerModule):
@@ -88,9 +89,9 @@ class LayerwiseAdam(MegatronOptimizerModule):
             for chunk in model_chunks:
                 decoder = next(module for name, module in chunk.named_modules() if name.split(".")[-1] == "decoder")
                 offset = decoder.layers[0].layer_number - 1 if len(decoder.layers) else 0
-                num_layers = chunk.config.num_layers
-                deepest = num_layers + 1
-                depths.update({id(p): depth_of(name, offset, num_layers) for name, p in chunk.named_parameters()})
+                layers, tied = chunk.config.num_layers, chunk.config.share_embeddings_and_output_weights
+                deepest = layers + 1
+                depths.update({id(p): depth_of(name, offset, layers, tied) for name, p in chunk.named_parameters()})
             return split_by_depth(upstream(model_chunks, *args, **kwargs), depths, deepest, self.layer_decay)
 
         with mock.patch.object(megatron_optimizer, "_get_param_groups", layerwise_groups):

@@ -19,6 +19,7 @@ from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
 from nemo_ext.callbacks.metrics import MetricsCallback
+from nemo_ext.callbacks.random_state import SeedEachStep
 from nemo_ext.callbacks.stop import StopOnSignal
 from nemo_ext.data.module import CorpusDataModule
 from nemo_ext.modeling import model_config
@@ -87,6 +88,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
             tensorboard=keys["tensorboard"],
             wandb=keys["wandb"],
         ),
+        run.Config(SeedEachStep, seed=keys["seed"]),
         run.Config(StopOnSignal),
         run.Config(Evaluation, every=keys["val_every"]),
         run.Config(AtomicCheckpoint, folder=CHECKPOINTS, every=keys["every"], keep=keys["keep"], async_save=keys["async_save"]),
@@ -105,8 +107,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
         enable_model_summary=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
-        val_check_interval=1_000_000_000,  # the Evaluation callback decides
-        check_val_every_n_epoch=None,
+        check_val_every_n_epoch=1_000_000_000,  # the Evaluation callback decides
         use_distributed_sampler=False,
     )
 

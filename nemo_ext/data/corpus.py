@@ -41,7 +41,7 @@ from nemo_ext.errors import RunError, UserError
 
 FORMAT = 1  # part of the keys: raise it when the same input gives other files
 SMALLEST = 64  # hashes kept a source, from which small corpora choose the document to hold out
-IN_PROCESS_BYTES = 4 << 20  # below this, starting processes costs more than it saves
+IN_PROCESS_BYTES = 32 << 20  # below this, starting processes costs more than it saves
 Progress = Callable[[int, int], None]
 
 
@@ -152,7 +152,13 @@ def prepare(
 
 
 def _build_all(
-    sources: list[Source], contents: list[str], encoder: Encoder, cache: Path, split: Split, workers: int, text_key: str,
+    sources: list[Source],
+    contents: list[str],
+    encoder: Encoder,
+    cache: Path,
+    split: Split,
+    workers: int,
+    text_key: str,
     progress: Progress | None,
 ) -> tuple[list[dict], Split]:
     """The metadata of all sources under a split that leaves no source without training documents nor the whole without held-out
@@ -188,10 +194,26 @@ def _adjust(split: Split, metas: list[dict]) -> Split:
 
 
 def _build(
-    source: Source, content: str, encoder: Encoder, cache: Path, split: Split, workers: int, text_key: str, progress: Progress | None
+    source: Source,
+    content: str,
+    encoder: Encoder,
+    cache: Path,
+    split: Split,
+    workers: int,
+    text_key: str,
+    progress: Progress | None,
 ) -> dict:
     """The metadata of one source, from the cache or built into it."""
-    settings = [FORMAT, content, encoder.fingerprint, str(encoder.dtype), split.seed if split.below else 0, split.below, split.kept, text_key]
+    settings = [
+        FORMAT,
+        content,
+        encoder.fingerprint,
+        str(encoder.dtype),
+        split.seed if split.below else 0,
+        split.below,
+        split.kept,
+        text_key,
+    ]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
     final = cache / key
     done = final / "corpus.json"
@@ -224,8 +246,8 @@ def _write(
 ) -> dict:
     """Encode all blocks into parts, join them into .bin and .idx, and return the metadata."""
     done, parts = 0, 0
-    for parts, size in enumerate(_encode_parts(source, encoder, split, workers, text_key, partial), 1):
-        done += size
+    for size in _encode_parts(source, encoder, split, workers, text_key, partial):
+        done, parts = done + size, parts + 1
         if progress is not None:
             progress(done, readers.size_of(source)[0])
     meta: dict = {"source": source.name, "encoder": encoder.engine, "dtype": str(encoder.dtype), "eod": encoder.eod}
@@ -251,9 +273,7 @@ def _write(
 # Blocks, encoded in processes
 
 
-def _encode_parts(
-    source: Source, encoder: Encoder, split: Split, workers: int, text_key: str, partial: Path
-) -> Iterator[int]:
+def _encode_parts(source: Source, encoder: Encoder, split: Split, workers: int, text_key: str, partial: Path) -> Iterator[int]:
     """Encode the blocks that have no part yet. Yields the size of each block as it is done, in any order."""
     job = (encoder, split, text_key, partial)
     blocks = enumerate(readers.plan(source, text_key))
@@ -463,8 +483,13 @@ def _corpus(sources: list[Source], metas: list[dict], encoder: Encoder, cache: P
         )
     key = hashlib.blake2b(json.dumps([[r.key, r.weight] for r in results]).encode(), digest_size=16).hexdigest()
     return Corpus(
-        key=key, sources=results, tokenizer_dir=str(encoder.folder), vocab_size=encoder.vocab_size, eod=encoder.eod,
-        dtype=str(encoder.dtype), encoder=metas[0]["encoder"],
+        key=key,
+        sources=results,
+        tokenizer_dir=str(encoder.folder),
+        vocab_size=encoder.vocab_size,
+        eod=encoder.eod,
+        dtype=str(encoder.dtype),
+        encoder=metas[0]["encoder"],
     )
 
 

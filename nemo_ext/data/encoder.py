@@ -141,7 +141,7 @@ class Encoder:
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 reason = f"{FAST} cannot read this tokenizer: {str(error).splitlines()[0]}"
                 continue
-            different = [text for text, ids in zip(texts, expected) if _ids_or_none(fast, text) not in (ids, None)]
+            different = [text for text, ids in zip(texts, expected, strict=True) if _ids_or_none(fast, text) not in (ids, None)]
             if not different:
                 return candidate, ""
             reason = f"{FAST} differs from {REFERENCE} on {different[0][:40]!r}"
@@ -150,15 +150,55 @@ class Encoder:
 
 def probe() -> list[str]:
     """Texts of many scripts, numbers, spaces and contractions that tell two encoders apart."""
-    ranges = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xDFF), (0xE00, 0xF00),
-              (0x1100, 0x1120), (0x1E00, 0x2070), (0x20A0, 0x2190), (0x2460, 0x2500), (0x3000, 0x3100), (0x4E00, 0x4E80),
-              (0xAC00, 0xAC80), (0xFE00, 0xFE70), (0xFF00, 0xFFF0), (0x1D400, 0x1D440), (0x1F300, 0x1F680), (0x1F900, 0x1FA00)]
+    ranges = [
+        (0x20, 0x7F),
+        (0xA0, 0x250),
+        (0x300, 0x370),
+        (0x370, 0x530),
+        (0x590, 0x700),
+        (0x900, 0xDFF),
+        (0xE00, 0xF00),
+        (0x1100, 0x1120),
+        (0x1E00, 0x2070),
+        (0x20A0, 0x2190),
+        (0x2460, 0x2500),
+        (0x3000, 0x3100),
+        (0x4E00, 0x4E80),
+        (0xAC00, 0xAC80),
+        (0xFE00, 0xFE70),
+        (0xFF00, 0xFFF0),
+        (0x1D400, 0x1D440),
+        (0x1F300, 0x1F680),
+        (0x1F900, 0x1FA00),
+    ]
     texts = ["".join(map(chr, range(a, b))) for low, high in ranges for a in range(low, high, 32) for b in (min(a + 32, high),)]
     texts += [" ".join(text) for text in texts]
     spaces = ["", " ", "  ", "   ", "\t", "\n", "\n\n", " \n ", "\r\n", "\t\n ", "\u00a0", "\u3000", "\u2028", "\u200d"]
-    words = ["", "word", "Über", "हिन्दी", "ಕನ್ನಡ", "漢字", "👩‍👩‍👧🏽", "12345", "٣٤", "½Ⅷ", "'s", "'LL", "don't", "x=1;", "...", "a\u0301"]
+    words = [
+        "",
+        "word",
+        "Über",
+        "हिन्दी",
+        "ಕನ್ನಡ",
+        "漢字",
+        "👩‍👩‍👧🏽",
+        "12345",
+        "٣٤",
+        "½Ⅷ",
+        "'s",
+        "'LL",
+        "don't",
+        "x=1;",
+        "...",
+        "a\u0301",
+    ]
     texts += [w + s + v + s for w in words for s in spaces for v in words]
-    return texts + ["if x:\n    return  [1, 2.5]\n\n\n\tdef f(a,b):\n\t\tpass  # note\n" * 3, "ab" * 500, " " * 500 + "x", "\n" * 500]
+    return texts + [
+        "if x:\n    return  [1, 2.5]\n\n\n\tdef f(a,b):\n\t\tpass  # note\n" * 3,
+        "ab" * 500,
+        " " * 500 + "x",
+        "\n" * 500,
+    ]
 
 
 def _ids_or_none(fast, text: str) -> list[int] | None:

@@ -33,7 +33,9 @@ class HeldoutWindows(torch.utils.data.Dataset):
         self.starts = np.concatenate([[0], np.cumsum(lengths[order])])  # [documents + 1], tokens before each document
         windows = min((int(self.starts[-1]) - 1) // seq_length, batches * global_batch_size)
         if windows < 1:
-            raise ValueError(f"{int(self.starts[-1])} held-out tokens are less than a sequence of {seq_length} and one more token")
+            raise ValueError(
+                f"{int(self.starts[-1])} held-out tokens are less than a sequence of {seq_length} and one more token"
+            )
         self.batches = -(-windows // global_batch_size)
         self.windows_per_batch = windows // self.batches
 

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 from nemo.lightning import io
 from nemo.lightning.data import WrappedDataLoader
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
 from nemo_ext.data.heldout import HeldoutWindows
@@ -59,7 +60,7 @@ class CorpusDataModule(pl.LightningDataModule, io.IOMixin):
         self.num_workers = num_workers
         self.val_batches = val_batches
         self.init_global_step = 0
-        self.data_sampler = MegatronDataSampler(
+        self.data_sampler = _EvenlyWeighted(
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size, dataloader_type="single"
         )
         self._train = None
@@ -115,6 +116,16 @@ class CorpusDataModule(pl.LightningDataModule, io.IOMixin):
             if isinstance(limit, int):
                 setattr(self.trainer, name, limit * micro_batches)
         self.trainer.num_sanity_val_steps *= micro_batches
+
+
+class _EvenlyWeighted(MegatronDataSampler):
+    """NeMo logs `val_loss` of a global batch without saying what it weighs, and Lightning, which sees micro batches, takes 1 for
+    the first global batch and the micro batch size for the others. Here each global batch weighs the same."""
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        if step.trainer is not None and not step.trainer.training and step.trainer._results is not None:
+            step.trainer._results.batch_size = 1
+        return super().on_megatron_step_start(step)
 
 
 class _EndOfDocument:

@@ -86,7 +86,9 @@ def size_of(source: Source) -> tuple[int, int]:
     if source.kind == "hub":
         files = tuple(Path(file["filename"]) for file in load_dataset(source).cache_files)
     sizes = [(path.stat().st_size, path.suffix.lower()) for path in files]
-    return sum(size for size, _ in sizes), sum(size * (4 if suffix in (".gz", ".zst", ".parquet") else 1) for size, suffix in sizes)
+    return sum(size for size, _ in sizes), sum(
+        size * (4 if suffix in (".gz", ".zst", ".parquet") else 1) for size, suffix in sizes
+    )
 
 
 # Text files
@@ -313,6 +315,6 @@ def load_dataset(source: Source):
         raise UserError(f"data={source.name}: the data set cannot be loaded: {reason}") from None
     if isinstance(loaded, dict):
         if "train" not in loaded:
-            raise UserError(f"data={source.name}: no split \"train\": there are {', '.join(loaded)}")
+            raise UserError(f'data={source.name}: no split "train": there are {", ".join(loaded)}')
         loaded = loaded["train"]
     return loaded

@@ -1,4 +1,4 @@
-"""What `data=` means: text, Markdown, JSONL and Parquet files, folders and globs of them, Hugging Face data sets, `python-docs`."""
+"""What `data=` means: files, folders and globs of them, Hugging Face data sets, and the built-in `python-docs`."""
 
 from __future__ import annotations
 

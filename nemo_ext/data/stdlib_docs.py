@@ -16,8 +16,19 @@ from pathlib import Path
 from nemo_ext.errors import UserError
 
 # Tests, an editor, a refactoring tool with its grammar, demos, installers and tables: code, not documentation.
-SKIPPED_PACKAGES = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages",
-                    "pydoc_data", "__pycache__", "__phello__"}
+SKIPPED_PACKAGES = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "__pycache__",
+    "__phello__",
+}
 MINIMUM_LENGTH = 200  # characters; below this a module has nothing to say
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

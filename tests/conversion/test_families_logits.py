@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 
-from conversion import families, hf_to_nemo, verify
+from conversion import hf_to_nemo, verify
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied_scaled", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"])

@@ -1,7 +1,8 @@
-"""GGUF -> Hugging Face on the real SmolLM2-135M: the file's own metadata is the reference for the tokenizer, behaviour for the weights."""
+"""GGUF -> Hugging Face on the real SmolLM2-135M: the file's own metadata is the tokenizer's reference, behaviour the weights'."""
 
 import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from nemo_ext.errors import UserError
 TEXTS = {
     "Hindi": "नमस्ते दुनिया, यह एक परीक्षण है। १२३",
     "emoji": "👩‍👩‍👧 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ❤️‍🔥",
-    "code": "def f(x: int) -> str:\n\treturn f\"{x**2:>10}\"  # 3.14\n\n\n\r\n",
+    "code": 'def f(x: int) -> str:\n\treturn f"{x**2:>10}"  # 3.14\n\n\n\r\n',
     "spaces": "  leading,   inner \u00a0 and trailing   ",
     "numbers": "In 1984, 12345.678 km² and ½ of ②",
     "combining": "e\u0301 vs \u00e9; \u202ertl\u202c; 한국어; 日本語",
@@ -89,7 +90,17 @@ def test_text_round_trips(tokenizer, text):
 
 def test_the_pre_tokenizer_is_smollms(tokenizer):
     """llama.cpp's 'smollm': every digit alone, then GPT-2's rule."""
-    assert tokenizer.convert_ids_to_tokens(tokenizer("In 1984, it's").input_ids) == ["In", "Ġ", "1", "9", "8", "4", ",", "Ġit", "'s"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("In 1984, it's").input_ids) == [
+        "In",
+        "Ġ",
+        "1",
+        "9",
+        "8",
+        "4",
+        ",",
+        "Ġit",
+        "'s",
+    ]
 
 
 def test_ids_by_an_independent_bpe(metadata, tokenizer):
@@ -99,12 +110,14 @@ def test_ids_by_an_independent_bpe(metadata, tokenizer):
     rank = {tuple(merge.split(" ")): i for i, merge in enumerate(metadata["tokenizer.ggml.merges"])}
     index = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    letters = {b: chr(b) for b in printable} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)
+    }
     words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
     def encode(word: str) -> list[int]:
         parts = [letters[b] for b in word.encode()]
-        while (best := min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, 1e9), default=None)) in rank:
+        while (best := min(pairwise(parts), key=lambda pair: rank.get(pair, 1e9), default=None)) in rank:
             i = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == best)
             parts[i : i + 2] = ["".join(best)]
         return [index[part] for part in parts]
@@ -131,7 +144,10 @@ def test_weights_are_the_dequantized_ones(source, hf):
         assert np.array_equal(weights[f"model.{target}.weight"].numpy(), dequantize(tensor.data, tensor.tensor_type))
     for name, heads in {"q": 9, "k": 3}.items():
         tensor = stored[f"blk.29.attn_{name}.weight"]
-        rows, found = dequantize(tensor.data, tensor.tensor_type), weights[f"model.layers.29.self_attn.{name}_proj.weight"].numpy()
+        rows, found = (
+            dequantize(tensor.data, tensor.tensor_type),
+            weights[f"model.layers.29.self_attn.{name}_proj.weight"].numpy(),
+        )
         for head in range(heads):
             for j in range(32):
                 assert np.array_equal(found[head * 64 + j], rows[head * 64 + 2 * j])
@@ -147,7 +163,7 @@ def test_it_speaks(tokenizer, model):
 
 
 def test_perplexity_on_plain_english(tokenizer, model):
-    """6.2 as measured; a wrong permutation, norm or RoPE base gives hundreds."""
+    """8.26 as measured; a wrong permutation, norm or RoPE base gives hundreds."""
     tokens = tokenizer(ENGLISH, return_tensors="pt").input_ids
     with torch.inference_mode():
         perplexity = model(tokens, labels=tokens).loss.exp().item()
@@ -193,7 +209,8 @@ def tiny(**changes) -> dict:
         "general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 131072, "llama.embedding_length": 8,
         "llama.feed_forward_length": 12, "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
         "llama.rope.freq_base": 500000.0, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.attention.key_length": 64,
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.tokens": ["<s>", "</s>", "a", "b", "ab"],
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": ["<s>", "</s>", "a", "b", "ab"],
         "tokenizer.ggml.token_type": [3, 3, 1, 1, 1], "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }  # fmt: skip

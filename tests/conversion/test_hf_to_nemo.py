@@ -64,8 +64,8 @@ def test_what_the_folder_holds(llama, nemo):
 
 def test_keys_and_shapes_are_megatrons(nemo):
     """Against the model itself: every tensor and every extra state it would load is there with its shape, and no other tensor."""
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
-    from megatron.core.dist_checkpointing.utils import extract_sharded_base, extract_sharded_tensors
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
     from conversion import verify
 
@@ -73,8 +73,8 @@ def test_keys_and_shapes_are_megatrons(nemo):
         model = verify.load_megatron(nemo, verify.read_architecture(nemo), seq_length=16)
         wanted = model.sharded_state_dict(prefix="module.")
         apply_factories(wanted)
-        tensors = {t.key: tuple(t.global_shape) for t in extract_sharded_tensors(wanted)[0].values()}
-        objects = {o.unique_key for o in extract_sharded_base(wanted)[0].values() if isinstance(o, ShardedObject)}
+        tensors = {t.key: tuple(t.global_shape) for t in nested_values(wanted) if isinstance(t, ShardedTensor)}
+        objects = {o.unique_key for o in nested_values(wanted) if isinstance(o, ShardedObject)}
     stored = dcp.FileSystemReader(nemo / "weights").read_metadata().state_dict_metadata
     assert {k: tuple(v.size) for k, v in stored.items() if hasattr(v, "size")} == tensors
     assert objects <= set(stored)

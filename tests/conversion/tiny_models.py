@@ -25,7 +25,12 @@ def configs() -> dict:
     }
     vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     found["gemma3"] = tf.Gemma3Config(
-        text_config=gemma, vision_config=vision, mm_tokens_per_image=4, image_token_index=249, boi_token_index=248, eoi_token_index=247
+        text_config=gemma,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=249,
+        boi_token_index=248,
+        eoi_token_index=247,
     )
     return found
 

@@ -1,9 +1,10 @@
 """Small tokenizers with the pre-tokenizers of the families trained here, and text that tells encoders apart."""
 
 import json
+import os
 import random
 
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 PROSE = (
     "The quick brown fox jumps over the lazy dog; it wasn't amused. In 1984, 12,345 people read it.\n\n"
@@ -17,8 +18,22 @@ PROSE = (
 def varied_texts(count: int) -> list[str]:
     """Deterministic texts of mixed scripts, digits, odd white space, control characters and special tokens."""
     rng = random.Random(7)
-    ranges = [(0x20, 0x7F), (0x20, 0x7F), (0x900, 0x97F), (0xC80, 0xCFF), (0x1F300, 0x1F6FF), (0x4E00, 0x4FFF), (0x600, 0x6FF),
-              (0x2000, 0x206F), (0x300, 0x36F), (0, 0x20), (0xA0, 0x17F), (0xAC00, 0xAC80), (0x2160, 0x2188), (0xF0000, 0xF0010)]
+    ranges = [
+        (0x20, 0x7F),
+        (0x20, 0x7F),
+        (0x900, 0x97F),
+        (0xC80, 0xCFF),
+        (0x1F300, 0x1F6FF),
+        (0x4E00, 0x4FFF),
+        (0x600, 0x6FF),
+        (0x2000, 0x206F),
+        (0x300, 0x36F),
+        (0, 0x20),
+        (0xA0, 0x17F),
+        (0xAC00, 0xAC80),
+        (0x2160, 0x2188),
+        (0xF0000, 0xF0010),
+    ]
     gaps = ["", " ", "  ", "\n", "\n\n", "\t", " \n ", "\r\n", "'s", "'LL", "123", "...", "   \n", "\u00a0", "\u3000", "<|eos|>"]
     texts = []
     for _ in range(count):
@@ -49,7 +64,9 @@ def train_tokenizer(folder, family: str, vocab_size: int = 900):
     tokenizer.decoder = decoders.ByteLevel()
     # As in SmolLM2, "smollm" lacks bytes that its training text did not have.
     alphabet = [] if family == "smollm" else pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|bos|>", "<|eos|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|bos|>", "<|eos|>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([PROSE] * 4 + varied_texts(200), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -57,3 +74,8 @@ def train_tokenizer(folder, family: str, vocab_size: int = 900):
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>", "bos_token": "<|bos|>"})
     )
     return folder
+
+
+def die(number, block):
+    """What a worker that the kernel kills does."""
+    os._exit(9)

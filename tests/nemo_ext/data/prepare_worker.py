@@ -10,7 +10,12 @@ if __name__ == "__main__":
     readers.BLOCK_BYTES = 20_000
     corpus.IN_PROCESS_BYTES = 0
     result = corpus.prepare(
-        parse(data), tokenizer, cache, heldout=0.1, seq_length=16, workers=int(workers),
+        parse(data),
+        tokenizer,
+        cache,
+        heldout=0.1,
+        seq_length=16,
+        workers=int(workers),
         progress=lambda done, total: print("progress", done, total, flush=True),
     )
     print(result.to_json())

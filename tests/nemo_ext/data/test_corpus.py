@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_texts import die
 
 from nemo_ext.data import corpus as corpus_module
 from nemo_ext.data import encoder as encoder_module
@@ -101,7 +102,9 @@ def test_the_same_text_is_on_one_side_everywhere(tmp_path, tokenizer_dir, docume
 def test_few_documents(tmp_path, tokenizer_dir, documents, seed):
     """One document at least is held out, every source keeps one, copies stay together."""
     (tmp_path / "one.txt").write_text(documents[0] * 3)
-    (tmp_path / "three.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in [documents[1], documents[2], documents[1]]))
+    (tmp_path / "three.jsonl").write_text(
+        "".join(json.dumps({"text": d}) + "\n" for d in [documents[1], documents[2], documents[1]])
+    )
     data = [str(tmp_path / "one.txt"), str(tmp_path / "three.jsonl")]
     for share in (0.001, 0.999):
         corpus = prepare(parse(data), tokenizer_dir, tmp_path / "cache", heldout=share, seed=seed, seq_length=4, workers=1)
@@ -127,8 +130,17 @@ def test_the_result_does_not_depend_on_workers_or_compression(tmp_path, tokenize
     packed.write_bytes(gzip.compress(jsonl.read_bytes()))
     seen = []
     results = [
-        files_of(prepare(parse(str(data)), tokenizer_dir, tmp_path / f"c{i}", heldout=0.1, seq_length=64, workers=workers,
-                         progress=lambda done, total: seen.append((done, total))))
+        files_of(
+            prepare(
+                parse(str(data)),
+                tokenizer_dir,
+                tmp_path / f"c{i}",
+                heldout=0.1,
+                seq_length=64,
+                workers=workers,
+                progress=lambda done, total: seen.append((done, total)),
+            )
+        )
         for i, (data, workers) in enumerate([(jsonl, 1), (jsonl, 3), (packed, 2)])
     ]
     assert results[0] == results[1] == results[2]
@@ -163,7 +175,9 @@ def test_weights_and_totals(tmp_path, tokenizer_dir, jsonl, documents):
     (tmp_path / "few.txt").write_text(documents[0] * 5)
     plain = prepare(parse([str(jsonl), str(tmp_path / "few.txt")]), tokenizer_dir, tmp_path / "cache", seq_length=64, workers=1)
     assert [row[0] for row in plain.blend()] == [s.train_tokens for s in plain.sources]
-    weighted = prepare(parse([f"{jsonl}:0.7", f"{tmp_path / 'few.txt'}:0.3"]), tokenizer_dir, tmp_path / "cache", seq_length=64, workers=1)
+    weighted = prepare(
+        parse([f"{jsonl}:0.7", f"{tmp_path / 'few.txt'}:0.3"]), tokenizer_dir, tmp_path / "cache", seq_length=64, workers=1
+    )
     assert [row[0] for row in weighted.blend()] == [0.7, 0.3]
     assert weighted.key != plain.key and [s.key for s in weighted.sources] == [s.key for s in plain.sources]
     assert Corpus.from_json(plain.to_json()) == plain
@@ -173,7 +187,9 @@ def test_weights_and_totals(tmp_path, tokenizer_dir, jsonl, documents):
 def test_python_docs(tmp_path, tokenizer_dir, monkeypatch):
     from nemo_ext.data import stdlib_docs
 
-    monkeypatch.setattr(stdlib_docs, "documents", lambda: ((f"topic {i}", f"Topic {i}: " + "words and more words " * 40) for i in range(50)))
+    monkeypatch.setattr(
+        stdlib_docs, "documents", lambda: ((f"topic {i}", f"Topic {i}: " + "words and more words " * 40) for i in range(50))
+    )
     corpus = prepare(parse("python-docs"), tokenizer_dir, tmp_path / "cache", heldout=0.1, seq_length=64, workers=1)
     assert corpus.sources[0].name == "python-docs" and corpus.train_documents + corpus.heldout_documents == 50
 
@@ -181,7 +197,9 @@ def test_python_docs(tmp_path, tokenizer_dir, monkeypatch):
 def test_the_reference_takes_over_from_an_engine_that_differs(tmp_path, tokenizer_dir, jsonl, monkeypatch):
     expected = files_of(prepare(parse(str(jsonl)), tokenizer_dir, tmp_path / "a", seq_length=64, workers=1, engine="tokenizers"))
     right = encoder_module.Encoder._encode_fast
-    monkeypatch.setattr(encoder_module.Encoder, "_encode_fast", lambda self, texts: (right(self, texts)[0] + 1, right(self, texts)[1]))
+    monkeypatch.setattr(
+        encoder_module.Encoder, "_encode_fast", lambda self, texts: (right(self, texts)[0] + 1, right(self, texts)[1])
+    )
     corpus = prepare(parse(str(jsonl)), tokenizer_dir, tmp_path / "b", seq_length=64, workers=1)
     assert files_of(corpus) == expected
     assert corpus.encoder.startswith("tokenizers (fastokens differs from tokenizers on the text that begins 'Document")
@@ -191,7 +209,14 @@ def test_the_reference_takes_over_from_an_engine_that_differs(tmp_path, tokenize
 
 
 def start(jsonl, tokenizer_dir, cache, workers=2):
-    command = [sys.executable, str(Path(__file__).with_name("prepare_worker.py")), str(jsonl), str(tokenizer_dir), str(cache), str(workers)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("prepare_worker.py")),
+        str(jsonl),
+        str(tokenizer_dir),
+        str(cache),
+        str(workers),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -239,7 +264,7 @@ def test_two_builders_at_once(tmp_path, tokenizer_dir, jsonl):
 
 def test_a_worker_that_dies(tmp_path, tokenizer_dir, jsonl, monkeypatch):
     monkeypatch.setattr(corpus_module, "IN_PROCESS_BYTES", 0)
-    monkeypatch.setattr(corpus_module, "_encode_in_worker", os._exit)
+    monkeypatch.setattr(corpus_module, "_encode_in_worker", die)
     with pytest.raises(RunError, match="a process that tokenises was killed"):
         prepare(parse(str(jsonl)), tokenizer_dir, tmp_path / "cache", seq_length=64, workers=2)
 

@@ -10,7 +10,9 @@ from nemo_ext.errors import UserError
 
 
 def read(data, text_key="text"):
-    return [text for source in parse(data) for block in plan(source, text_key) for batch in batches(block, text_key) for text in batch]
+    return [
+        text for source in parse(data) for block in plan(source, text_key) for batch in batches(block, text_key) for text in batch
+    ]
 
 
 def compress(path, data):
@@ -59,7 +61,9 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
     table = pyarrow.table({"id": list(range(50)), "body": texts})
     pyarrow.parquet.write_table(table, tmp_path / "f.parquet", row_group_size=20)
     datasets.Dataset.from_dict({"body": texts}).save_to_disk(tmp_path / "d")
-    datasets.DatasetDict(train=datasets.Dataset.from_dict({"body": texts[:9]}), test=datasets.Dataset.from_dict({"body": ["x"]})).save_to_disk(tmp_path / "e")
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"body": texts[:9]}), test=datasets.Dataset.from_dict({"body": ["x"]})
+    ).save_to_disk(tmp_path / "e")
     assert read(str(tmp_path / "f.parquet"), "body") == texts
     assert read(str(tmp_path / "d"), "body") == texts
     assert read(str(tmp_path / "e"), "body") == texts[:9]

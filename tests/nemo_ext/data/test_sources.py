@@ -6,7 +6,17 @@ from nemo_ext.errors import UserError
 
 @pytest.fixture()
 def tree(tmp_path, monkeypatch):
-    for name in ("b/z.txt", "b/a.md", "b/.hidden.txt", "b/.git/x.txt", "b/c/m.jsonl.gz", "b/c/n.rst", "b/pic.png", "one.parquet", "x:0.5"):
+    for name in (
+        "b/z.txt",
+        "b/a.md",
+        "b/.hidden.txt",
+        "b/.git/x.txt",
+        "b/c/m.jsonl.gz",
+        "b/c/n.rst",
+        "b/pic.png",
+        "one.parquet",
+        "x:0.5",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"text")
@@ -27,7 +37,10 @@ def test_globs(tree):
     assert names(parse("b/**/*.rst")[0]) == ["b/c/n.rst"]
 
 
-@pytest.mark.parametrize("data", ["[b:0.7,one.parquet:.3]", ["b:0.7", "one.parquet:.3"], [{"b": 0.7}, {"one.parquet": 0.3}], {"b": 0.7, "one.parquet": 0.3}])
+@pytest.mark.parametrize(
+    "data",
+    ["[b:0.7,one.parquet:.3]", ["b:0.7", "one.parquet:.3"], [{"b": 0.7}, {"one.parquet": 0.3}], {"b": 0.7, "one.parquet": 0.3}],
+)
 def test_weights(tree, data):
     assert [(s.name, s.weight) for s in parse(data)] == [("b", 0.7), ("one.parquet", 0.3)]
 

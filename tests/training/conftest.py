@@ -1,0 +1,93 @@
+"""What the training tests share: a small Llama in a converted checkpoint, a small tokenizer, a small corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_ext import platform
+
+platform.activate()
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB = 512
+SEQ = 64
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    """A byte-level BPE of 512 tokens trained on the Python documentation."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from nemo_ext.data import stdlib_docs
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = ByteLevelBPETokenizer()
+    texts = [text for _, text in zip(range(40), _texts(stdlib_docs), strict=False)]
+    bpe.train_from_iterator(texts, vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tokenizer, tmp_path_factory):
+    """Forty documents of the Python documentation, tokenised."""
+    from nemo_ext.data import corpus, sources, stdlib_docs
+
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "docs.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for _, t in zip(range(40), _texts(stdlib_docs), strict=False)))
+    return corpus.prepare(sources.parse(str(text)), tokenizer, folder / "cache", heldout=0.1, seq_length=SEQ, workers=1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, dict]:
+    """{"tied": ..., "untied": ...}: random Hugging Face Llamas of four layers, converted to Megatron's format."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from conversion.hf_to_nemo import convert
+
+    found = {}
+    for name, tied in (("tied", True), ("untied", False)):
+        folder = tmp_path_factory.mktemp(name)
+        torch.manual_seed(1)
+        config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
+                             num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied)  # fmt: skip
+        LlamaForCausalLM(config).float().save_pretrained(folder / "hf")
+        weights = convert(folder / "hf", folder / "nemo")
+        architecture = json.loads((weights / "architecture.json").read_text())
+        found[name] = {"hf": str(folder / "hf"), "weights": str(weights), "architecture": architecture}
+    return found
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory, tokenizer, corpus, models):
+    """train(cases, processes) -> folder: run layouts.py once for all cases; losses(folder, case) reads one."""
+    keys = dict(device="cpu", seq=SEQ, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2, every=100,
+                precision="fp32", tensorboard=False)  # fmt: skip
+
+    def run(cases: list[dict], processes: int, into: Path | None = None) -> Path:
+        out = into or tmp_path_factory.mktemp("runs")
+        plan = {"out": str(out), "keys": keys, "cases": cases, "models": models, "tokenizer": str(tokenizer), "blend": corpus.blend()}
+        file = out / f"plan{processes}.json"
+        file.write_text(json.dumps(plan))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   str(Path(__file__).with_name("layouts.py")), str(file)]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return out
+
+    return run
+
+
+def _texts(stdlib_docs):
+    for document in stdlib_docs.documents():
+        yield document[1] if isinstance(document, tuple) else document

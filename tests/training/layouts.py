@@ -1,0 +1,94 @@
+"""Trains one small Llama under several layouts in the same processes; each case writes a run's folder.
+
+Run by torchrun (tests/training/conftest.py); argument: a JSON file with the common paths and the cases. Start-up of NeMo is
+paid once: between cases the process groups are torn down and built anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+
+def main(file: Path) -> None:
+    from nemo_ext import platform
+
+    platform.activate()
+    import fiddle as fdl
+    import torch
+
+    import recipes
+    from nemo_ext import run_folder
+    from nemo_ext.architecture import Architecture
+
+    torch.set_num_threads(1)
+    plan = json.loads(file.read_text())
+    for case in plan["cases"]:
+        out = Path(plan["out"]) / case["name"]
+        keys = {**plan["keys"], "gpus": int(os.environ["WORLD_SIZE"]), **case.get("keys", {})}
+        model = plan["models"][case.get("model", "tied")]
+        recipe = recipes.load("pretrain_custom", shape=Architecture(**model["architecture"]), overrides=case.get("overrides"), **keys)
+        if source := case.get("continue_copy_of"):
+            copy(Path(plan["out"]) / source, out)
+        newest = run_folder.newest_checkpoint(out / run_folder.CHECKPOINTS)
+        recipes.bind(
+            recipe, run_dir=str(out), tokenizer=plan["tokenizer"], blend=plan["blend"], weights=model["weights"],
+            checkpoint=str(newest[1]) if newest else None,
+        )  # fmt: skip
+        if stop := case.get("stop_at"):
+            recipe.trainer.callbacks.append(stop_at(stop))
+        run = fdl.build(recipe)
+        run.keywords["trainer"].strategy.store = torch.distributed.FileStore(str(out) + ".store", keys["gpus"])
+        run()
+        reset()
+        del run
+        gc.collect()
+
+
+def copy(source: Path, out: Path) -> None:
+    """Rank 0 copies a run's folder; the others wait for the complete copy to appear."""
+    if int(os.environ["RANK"]) == 0:
+        beside = out.with_name(out.name + ".copying")
+        shutil.copytree(source, beside)
+        beside.rename(out)
+    while not out.exists():
+        time.sleep(0.05)
+
+
+def stop_at(step: int):
+    """A callback that ends training after `step`, as a signal does."""
+    import nemo_run as run
+    from lightning.pytorch.callbacks import Callback
+
+    class StopAt(Callback):
+        def __init__(self, step: int):
+            self.step = step
+
+        def on_train_batch_end(self, trainer, *unused):
+            trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+    return run.Config(StopAt, step=step)
+
+
+def reset() -> None:
+    """Forget the process groups and NeMo's record of them."""
+    import megatron.core.num_microbatches_calculator as calculator
+    import torch
+    from megatron.core import parallel_state
+    from nemo.utils import AppState
+    from nemo.utils.metaclasses import Singleton
+
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR = None
+    Singleton._Singleton__instances.pop(AppState, None)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
