@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import nemo_run as run
 import torch.nn.functional as F
 from megatron.core.activations import fast_gelu
+from megatron.core.extensions.transformer_engine import TENorm
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model.gemma2 import TERowParallelLinearLayerNorm
 from nemo.collections.llm.gpt.model.gemma3 import Gemma3Config1B, Gemma3Model, Gemma3SelfAttention, gemma3_layer_spec
+from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.collections.llm.gpt.model.phi3mini import Phi3Config, Phi3Model
 
 from nemo_ext.architecture import Architecture
@@ -30,10 +33,20 @@ class Gemma3Attention(Gemma3SelfAttention):
         return super().forward(*args, **kwargs)
 
 
+class RowParallelPostNorm(TERowParallelLinearLayerNorm):
+    """Gemma's row-parallel linear and the norm after it, with the configuration's epsilon: NeMo's takes the default's 1e-5."""
+
+    def __init__(self, input_size, output_size, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = TENorm(config, output_size, eps=config.layernorm_epsilon)
+
+
 def gemma3_text_spec(config):
-    """NeMo's Gemma 3 layer with `Gemma3Attention`."""
+    """NeMo's Gemma 3 layer with `Gemma3Attention` and `RowParallelPostNorm`."""
     spec = gemma3_layer_spec(config)
-    spec.submodules.self_attention.module = Gemma3Attention
+    attention, mlp = spec.submodules.self_attention, spec.submodules.mlp
+    attention.module = Gemma3Attention
+    attention.submodules.linear_proj = mlp.submodules.linear_fc2 = RowParallelPostNorm
     return spec
 
 
@@ -67,7 +80,7 @@ def model_config(architecture: Architecture, seq_length: int, **overrides) -> ru
     fields = {name: getattr(architecture, name) for name in COMMON_FIELDS}
     fields.update(vocab_size=architecture.padded_vocab_size, seq_length=seq_length)
     if (scaling := architecture.rope_scaling) is not None:
-        config = llm.Llama31Config
+        config = Llama31Config
         fields.update(
             scale_factor=scaling.factor,
             low_freq_factor=scaling.low_freq_factor,

@@ -68,8 +68,10 @@ def depth_of(name: str, layer_offset: int, num_layers: int, tied: bool) -> int:
     return 0 if "embedding" in name or (tied and "output_layer" in name) else num_layers + 1
 
 
-class LayerwiseAdam(MegatronOptimizerModule):
-    """Megatron's Adam with layer-wise learning-rate decay: depth d of D learns at `lr * layer_decay ** (D - d)`.
+class MegatronAdam(MegatronOptimizerModule):
+    """Megatron's Adam, saved without upstream's shift of its states, and with layer-wise learning-rate decay.
+
+    Depth d of D learns at `lr * layer_decay ** (D - d)`.
 
     (Howard & Ruder 2018, arXiv:1801.06146, section 3.2; Clark et al. 2020, arXiv:2003.10555.) Tied output embeddings follow the
     input embedding. `layer_decay=1` is plain Adam. Groups are the same on every rank, so that checkpoints reshard.
@@ -80,22 +82,43 @@ class LayerwiseAdam(MegatronOptimizerModule):
         self.layer_decay = layer_decay
 
     def optimizers(self, model):
-        if self.layer_decay == 1.0:
-            return super().optimizers(model)
         upstream = megatron_optimizer._get_param_groups
 
         def layerwise_groups(model_chunks, *args, **kwargs):
-            depths, deepest = {}, 0
-            for chunk in model_chunks:
-                decoder = next(module for name, module in chunk.named_modules() if name.split(".")[-1] == "decoder")
-                offset = decoder.layers[0].layer_number - 1 if len(decoder.layers) else 0
-                layers, tied = chunk.config.num_layers, chunk.config.share_embeddings_and_output_weights
-                deepest = layers + 1
-                depths.update({id(p): depth_of(name, offset, layers, tied) for name, p in chunk.named_parameters()})
-            return split_by_depth(upstream(model_chunks, *args, **kwargs), depths, deepest, self.layer_decay)
+            groups = upstream(model_chunks, *args, **kwargs)
+            return groups if self.layer_decay == 1.0 else split_by_depth(groups, *_depths(model_chunks), self.layer_decay)
 
         with mock.patch.object(megatron_optimizer, "_get_param_groups", layerwise_groups):
-            return super().optimizers(model)
+            optimizers = super().optimizers(model)
+        for chunk in model:
+            keep_padding(chunk.module)
+        return optimizers
+
+
+def keep_padding(ddp) -> None:
+    """Make the distributed optimizer save its states where the parameters are.
+
+    Gradient buckets are padded at their ends. Megatron-Core 0.15 drops that padding when it gathers the states for a
+    `fully_reshardable` checkpoint, but cuts them into parameters at offsets that count it: the fp32 weights and moments of
+    every parameter after the first odd bucket are saved shifted, without an error. Buckets that count their padding as
+    content are gathered whole.
+    """
+    for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
+
+
+def _depths(model_chunks) -> tuple[dict[int, int], int]:
+    """Depth of each parameter by its id, and the deepest."""
+    depths, deepest = {}, 0
+    for chunk in model_chunks:
+        decoder = next(module for name, module in chunk.named_modules() if name.split(".")[-1] == "decoder")
+        offset = decoder.layers[0].layer_number - 1 if len(decoder.layers) else 0
+        layers, tied = chunk.config.num_layers, chunk.config.share_embeddings_and_output_weights
+        deepest = layers + 1
+        depths.update({id(p): depth_of(name, offset, layers, tied) for name, p in chunk.named_parameters()})
+    return depths, deepest
 
 
 def split_by_depth(groups: list[dict], depths: dict[int, int], deepest: int, layer_decay: float) -> list[dict]:

@@ -92,7 +92,7 @@ class TrainKeys:
 
     out: Optional[str] = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
     every: Optional[int] = key(None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 500")
-    keep: int = key(2, "checkpoints kept, newest first")
+    keep: int = key(2, "checkpoints kept, newest first; 0 saves none")
     async_save: bool = key(True, "write checkpoints while training goes on", path="trainer.strategy.ckpt_async_save")
     val_every: Optional[int] = key(None, "steps between evaluations on held-out text", unit="steps", auto="a tenth of the run")
     val_batches: int = key(8, "global batches of held-out text an evaluation reads", path="data.val_batches")

@@ -23,7 +23,7 @@ from nemo_ext.callbacks.random_state import SeedEachStep
 from nemo_ext.callbacks.stop import StopOnSignal
 from nemo_ext.data.module import CorpusDataModule
 from nemo_ext.modeling import model_config
-from nemo_ext.optim import LayerwiseAdam, WarmupSchedule
+from nemo_ext.optim import MegatronAdam, WarmupSchedule
 from nemo_ext.run_folder import CHECKPOINTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -155,7 +155,7 @@ def _optimizer(keys: dict[str, Any]) -> run.Config:
         schedule=keys["schedule"],
         decay_fraction=keys["decay"],
     )
-    return run.Config(LayerwiseAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"])
+    return run.Config(MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"])
 
 
 def _recompute(keys: dict[str, Any]) -> dict[str, Any]:

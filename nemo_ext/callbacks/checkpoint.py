@@ -47,7 +47,7 @@ class AtomicCheckpoint(Checkpoint):
     def save(self, trainer) -> None:
         """Save the current step, unless it is saved already."""
         step = trainer.global_step
-        if step == self.saved_step:
+        if step == self.saved_step or not self.keep:
             return
         self.saved_step = step
         final = self.folder / f"step-{step:06d}"

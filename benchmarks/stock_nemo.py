@@ -1,0 +1,65 @@
+"""The stock NeMo 2 recipe at given shapes on mock data, timed: the reference of benchmarks/train_gpu.py. Run by torchrun.
+
+    torchrun --nproc-per-node=2 benchmarks/stock_nemo.py '{"recipe": "llama3_8b", "seq": 8192, ...}' OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+
+def main(shape: dict, out: str) -> None:
+    started = time.time()
+    import fiddle as fdl
+    import nemo_run as run
+    import torch
+    from lightning.pytorch.callbacks import Callback
+    from nemo.collections import llm
+    from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed, bf16_with_fp8_mixed
+
+    imported = time.time()
+    world = int(os.environ["WORLD_SIZE"])
+    recipe = getattr(llm, shape["recipe"]).pretrain_recipe(name="stock", dir="/tmp/stock", num_nodes=1, num_gpus_per_node=world)
+    recipe.data.seq_length = recipe.model.config.seq_length = shape["seq"]
+    recipe.data.global_batch_size, recipe.data.micro_batch_size = shape["global_batch"], shape["micro_batch"]
+    recipe.trainer.strategy.tensor_model_parallel_size = shape["tp"]
+    recipe.trainer.strategy.pipeline_model_parallel_size = shape["pp"]
+    recipe.trainer.strategy.virtual_pipeline_model_parallel_size = shape.get("vp")
+    recipe.trainer.strategy.context_parallel_size = 1
+    recipe.trainer.strategy.sequence_parallel = shape["tp"] > 1
+    recipe.trainer.plugins = bf16_with_fp8_mixed() if shape["precision"] == "fp8" else bf16_mixed()
+    recipe.trainer.max_steps, recipe.trainer.limit_val_batches, recipe.trainer.val_check_interval = shape["steps"], 0, None
+    recipe.trainer.enable_checkpointing, recipe.trainer.logger = False, False
+    recipe.log.ckpt, recipe.log.tensorboard = None, None
+    recipe.resume = None
+
+    class Clock(Callback):
+        def __init__(self):
+            self.times = []
+
+        def on_train_batch_end(self, *unused):
+            torch.cuda.synchronize()
+            self.times.append(time.time())
+
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(Clock)]
+    task = fdl.build(recipe)
+    clock = next(c for c in task.keywords["trainer"].callbacks if type(c).__name__ == "Clock")
+    task()
+    if torch.distributed.get_rank() == 0:
+        steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+        result = {
+            "step_times": steps,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "import_seconds": imported - started,
+            "first_step_seconds": clock.times[0] - started,
+        }
+        with open(out, "w") as file:
+            json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2])
