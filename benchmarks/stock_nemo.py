@@ -23,6 +23,9 @@ def main(shape: dict, out: str) -> None:
     imported = time.time()
     world = int(os.environ["WORLD_SIZE"])
     recipe = getattr(llm, shape["recipe"]).pretrain_recipe(name="stock", dir="/tmp/stock", num_nodes=1, num_gpus_per_node=world)
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    recipe.data.tokenizer = run.Config(AutoTokenizer, shape["tokenizer"])  # its default is downloaded
     recipe.data.seq_length = recipe.model.config.seq_length = shape["seq"]
     recipe.data.global_batch_size, recipe.data.micro_batch_size = shape["global_batch"], shape["micro_batch"]
     recipe.trainer.strategy.tensor_model_parallel_size = shape["tp"]

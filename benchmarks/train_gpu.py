@@ -61,9 +61,9 @@ def ours(case: dict, tokenizer: str, folder: Path) -> dict:
     }
 
 
-def stock(case: dict, folder: Path) -> dict:
+def stock(case: dict, tokenizer: str, folder: Path) -> dict:
     """Run NeMo's own recipe in torchrun."""
-    shape = json.dumps({**case, "recipe": STOCK[case["size"]], "steps": STEPS})
+    shape = json.dumps({**case, "recipe": STOCK[case["size"]], "steps": STEPS, "tokenizer": tokenizer})
     out = folder / "stock.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['gpus']}",
                str(ROOT / "benchmarks/stock_nemo.py"), shape, str(out)]  # fmt: skip
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             row = {"case": case, "ours": figures(ours(case, options["tokenizer"], Path(folder)), case)}
             if options.get("stock", "true") == "true":
-                row["stock"] = figures(stock(case, Path(folder)), case)
+                row["stock"] = figures(stock(case, options["tokenizer"], Path(folder)), case)
         row.update(date=datetime.date.today().isoformat(), gpu=_gpu(), versions=_versions())
         results[name] = row
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Setting any field of a recipe by its path, checked against what the recipe's objects take.
 
 `trainer.strategy.ckpt_parallel_save=false` names a parameter of NeMo's class; an unknown one is refused with the nearest
-valid path, a value of another type with the type that is wanted. Callbacks are addressed by class: `callbacks.Evaluation.every`.
+valid path, a value of another type with the type that is wanted. Callbacks are addressed by class: `trainer.callbacks.Evaluation.every`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _parameters(node: Any) -> dict[str, inspect.Parameter]:
 
 
 def _child(node: Any, part: str, path: str) -> Any:
-    if part == "callbacks" and isinstance(node, fdl.Buildable) and "trainer" in _parameters(node):
-        return {fdl.get_callable(c).__name__: c for c in node.trainer.callbacks}
+    if part == "callbacks" and isinstance(callbacks := getattr(node, part, None), list):
+        return {fdl.get_callable(c).__name__: c for c in callbacks}
     if isinstance(node, dict):
         child = node.get(part)
         names = list(node)
@@ -72,12 +72,12 @@ def _converted(value: Any, node: Any, name: str, path: str) -> Any:
 
 def _simple_types(node: Any, name: str) -> set[type]:
     """The plain types an annotated parameter takes; empty where it takes anything else too."""
-    target = fdl.get_callable(node)
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        annotation = typing.get_type_hints(function).get(name)
-    except (NameError, TypeError):
-        return set()
-    options = typing.get_args(annotation) if typing.get_origin(annotation) is not None else (annotation,)
+    annotation = _parameters(node)[name].annotation
+    if isinstance(annotation, str):  # a module that postpones annotations
+        named = {"int": int, "float": float, "str": str, "bool": bool}
+        options = [named.get(option.strip(), None if option.strip() == "None" else object) for option in annotation.split("|")]
+        options = [type(None) if option is None else option for option in options]
+    else:
+        options = typing.get_args(annotation) if typing.get_origin(annotation) is not None else (annotation,)
     plain = {t for t in options if t in (int, float, str, bool)}
     return plain if all(t in (int, float, str, bool, type(None)) for t in options) else set()

@@ -31,13 +31,17 @@ def main(file: Path) -> None:
     for case in plan["cases"]:
         out = Path(plan["out"]) / case["name"]
         keys = {**plan["keys"], "gpus": int(os.environ["WORLD_SIZE"]), **case.get("keys", {})}
-        model = plan["models"][case.get("model", "tied")]
-        recipe = recipes.load("pretrain_custom", shape=Architecture(**model["architecture"]), overrides=case.get("overrides"), **keys)
+        if "recipe" in case:  # random weights
+            shape, weights = None, None
+        else:
+            model = plan["models"][case.get("model", "tied")]
+            shape, weights = Architecture(**model["architecture"]), model["weights"]
+        recipe = recipes.load(case.get("recipe", "pretrain_custom"), shape=shape, overrides=case.get("overrides"), **keys)
         if source := case.get("continue_copy_of"):
             copy(Path(plan["out"]) / source, out)
         newest = run_folder.newest_checkpoint(out / run_folder.CHECKPOINTS)
         recipes.bind(
-            recipe, run_dir=str(out), tokenizer=plan["tokenizer"], blend=plan["blend"], weights=model["weights"],
+            recipe, run_dir=str(out), tokenizer=plan["tokenizer"], blend=plan["blend"], weights=weights,
             checkpoint=str(newest[1]) if newest else None,
         )  # fmt: skip
         if stop := case.get("stop_at"):
@@ -45,6 +49,8 @@ def main(file: Path) -> None:
         run = fdl.build(recipe)
         run.keywords["trainer"].strategy.store = torch.distributed.FileStore(str(out) + ".store", keys["gpus"])
         run()
+        for name in [n for n in os.environ if n.startswith("NVTE_")]:
+            del os.environ[name]  # Megatron notes one model's attention backend there and refuses another's
         reset()
         del run
         gc.collect()

@@ -11,6 +11,7 @@ import pytest
 from nemo_ext import run_folder
 
 TOLERANCE = 1e-5
+FAMILIES = ("gemma3", "phi4", "qwen2.5", "qwen3")
 LAYOUTS = {
     "tp2": dict(tp=2, sp=False),
     "tp2_sp": dict(tp=2, sp=True),
@@ -57,6 +58,7 @@ def runs(train):
              dict(name="again_dropout", continue_copy_of="stopped_dropout", overrides={"model.config.hidden_dropout": 0.1})]  # fmt: skip
     one = [dict(name="one"), dict(name="one_untied", model="untied"), dict(name="one_layerwise", keys=dict(layer_decay=0.7)), *resumes,
            *again]  # fmt: skip
+    one += [dict(name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, global_batch=4)) for family in FAMILIES]
     folder = train(one, 1)
     two = [dict(name=n, keys=k) for n, k in {**LAYOUTS, **OTHERS}.items()]
     two += [dict(name="untied_pp2_vp2", keys=LAYOUTS["pp2_vp2"], model="untied"), dict(name="untied_tp2", keys=dict(tp=2), model="untied")]
@@ -67,6 +69,15 @@ def runs(train):
             dict(name="tp2_to_dp2", continue_copy_of="stopped_tp2")]  # fmt: skip
     train(two, 2, into=folder)
     return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_from_random_weights(runs, family):
+    """Nearly uniform over the 49,152 tokens of the smoke size before the first step, better after the fourth."""
+    train_losses, held_out, _ = losses(runs, family)
+    assert sorted(train_losses) == [1, 2, 3, 4]
+    assert abs(held_out[0] - math.log(49152)) < 0.4
+    assert held_out[4] < held_out[0] - 0.02
 
 
 def test_training_learns(runs):
