@@ -18,13 +18,12 @@ def main(shape: dict, out: str) -> None:
     import torch
     from lightning.pytorch.callbacks import Callback
     from nemo.collections import llm
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed, bf16_with_fp8_mixed
 
     imported = time.time()
     world = int(os.environ["WORLD_SIZE"])
     recipe = getattr(llm, shape["recipe"]).pretrain_recipe(name="stock", dir="/tmp/stock", num_nodes=1, num_gpus_per_node=world)
-    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-
     recipe.data.tokenizer = run.Config(AutoTokenizer, shape["tokenizer"])  # its default is downloaded
     recipe.data.seq_length = recipe.model.config.seq_length = shape["seq"]
     recipe.data.global_batch_size, recipe.data.micro_batch_size = shape["global_batch"], shape["micro_batch"]
@@ -40,6 +39,9 @@ def main(shape: dict, out: str) -> None:
     recipe.resume = None
 
     class Clock(Callback):
+        """Times the steps, and at the last one writes the result and ends the process: Lightning would go on to copy model and
+        optimizer to the host."""
+
         def __init__(self):
             self.times = []
 
@@ -47,21 +49,24 @@ def main(shape: dict, out: str) -> None:
             torch.cuda.synchronize()
             self.times.append(time.time())
 
+        def on_train_end(self, *unused):
+            peaks = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device="cuda")
+            torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+            if torch.distributed.get_rank() == 0:
+                result = {
+                    "step_times": [b - a for a, b in zip(self.times, self.times[1:], strict=False)],
+                    "memory_gib": peaks[0].item() / 2**30,
+                    "reserved_gib": peaks[1].item() / 2**30,
+                    "import_seconds": imported - started,
+                    "first_step_at": self.times[0],
+                }
+                with open(out, "w") as file:
+                    json.dump(result, file)
+            torch.distributed.barrier()
+            os._exit(0)
+
     recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(Clock)]
-    task = fdl.build(recipe)
-    clock = next(c for c in task.keywords["trainer"].callbacks if type(c).__name__ == "Clock")
-    task()
-    if torch.distributed.get_rank() == 0:
-        steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-        result = {
-            "step_times": steps,
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-            "import_seconds": imported - started,
-            "first_step_seconds": clock.times[0] - started,
-        }
-        with open(out, "w") as file:
-            json.dump(result, file)
+    fdl.build(recipe)()
 
 
 if __name__ == "__main__":

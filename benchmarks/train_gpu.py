@@ -2,8 +2,11 @@
 
     python benchmarks/train_gpu.py case=1b-bf16 case=1b-fp8 tokenizer=FOLDER out=benchmarks/results/train_gpu.json
 
-Step time is the median after the first five steps. TFLOP/s a GPU are by `Architecture.flops_per_token` (causal attention at half,
-no recomputation), for both. Ours trains on the Python documentation and writes its metrics; stock trains on mock tokens.
+`steps=` (16) are run, step time is the median after the first `warm=` (5); `stock=false` leaves the stock recipe out. TFLOP/s a GPU
+are by `Architecture.flops_per_token` (causal attention at half, no recomputation), for both. Ours trains on the Python
+documentation, evaluates before and after, and writes its metrics; stock trains on mock tokens. Seconds to the first step count
+from the command. Memory is the largest of all ranks in GiB: allocated and reserved by torch's allocator, and, for ours, what else of the device
+is in use.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from launchers.worker import MEMORY_LINE  # noqa: E402
 from recipes.models import size  # noqa: E402
 
-STEPS, WARM = 16, 5
+GIB = 2**30
 STOCK = {"1b": "llama32_1b", "8b": "llama31_8b"}
 _1B = dict(size="1b", gpus=1, tp=1, pp=1, seq=8192, micro_batch=1, global_batch=8)
 _8B = dict(size="8b", gpus=2, tp=2, pp=1, seq=8192, micro_batch=1, global_batch=16)
@@ -37,45 +42,60 @@ CASES = {
 }
 
 
-def ours(case: dict, tokenizer: str, folder: Path) -> dict:
+def ours(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     """Run the recipe through the launcher; its own metrics are the figures."""
     keys = [f"{k}={v}" for k, v in case.items()]
     out = folder / "ours"
-    command = [sys.executable, str(ROOT / "launchers/run.py"), "recipe=pretrain_llama3", *keys, f"steps={STEPS}", "keep=0",
-               f"val_every={STEPS}", "val_batches=1", "tensorboard=false", f"tokenizer={tokenizer}", f"out={out}"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "launchers/run.py"), "recipe=pretrain_llama3", *keys, f"steps={steps}", "keep=0",
+               f"val_every={steps}", "val_batches=1", "tensorboard=false", f"tokenizer={tokenizer}", f"out={out}"]  # fmt: skip
+    started = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         log = out / "logs/rank0.log"
         return {"error": (done.stdout + done.stderr)[-1500:], "log": log.read_text()[-3000:] if log.exists() else ""}
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if "loss" in r]
-    plan = json.loads((out / "plan.json").read_text())
-    planned = sum(v for k, v in plan["memory"].items() if k not in ("other", "total")) / 2**30
+    trained = [r for r in records if "loss" in r]
+    memory = json.loads((out / "plan.json").read_text())["memory"]
+    ranks = [rank_memory(log) for log in sorted((out / "logs").glob("rank*.log"))]
     return {
-        "step_times": [r["step_time"] for r in steps[1:]],
-        "memory_gib": max(r["memory"] for r in steps),
-        "planned_gib": planned,
-        "losses": [r["loss"] for r in steps],
+        "step_times": [r["step_time"] for r in trained[1:]],
+        "memory_gib": max(r["allocated"] for r in ranks) / GIB,
+        "reserved_gib": max(r["reserved"] for r in ranks) / GIB,
+        "outside_torch_gib": max(r["outside_torch"] for r in ranks) / GIB,
+        "memory_of_ranks": ranks,
+        "planned_gib": (memory["total"] - memory["other"]) / GIB,
+        "planned": memory,
+        "losses": [r["loss"] for r in trained],
         "val_losses": [r["val_loss"] for r in records if "val_loss" in r],
-        "first_step_seconds": json.loads((out / "status.json").read_text()).get("time_to_first_step"),
+        "first_step_seconds": trained[0]["time"] - started,
     }
 
 
-def stock(case: dict, tokenizer: str, folder: Path) -> dict:
+def rank_memory(log: Path) -> dict:
+    """Bytes that a rank of our run held, from its log."""
+    line = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(MEMORY_LINE)][-1]
+    return json.loads(line.removeprefix(MEMORY_LINE))
+
+
+def stock(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     """Run NeMo's own recipe in torchrun."""
-    shape = json.dumps({**case, "recipe": STOCK[case["size"]], "steps": STEPS, "tokenizer": tokenizer})
+    shape = json.dumps({**case, "recipe": STOCK[case["size"]], "steps": steps, "tokenizer": tokenizer})
     out = folder / "stock.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['gpus']}",
                str(ROOT / "benchmarks/stock_nemo.py"), shape, str(out)]  # fmt: skip
+    started = time.time()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": _path()})
-    return json.loads(out.read_text()) if out.exists() else {"error": (done.stdout + done.stderr)[-3000:]}
+    if not out.exists():
+        return {"error": (done.stdout + done.stderr)[-6000:]}
+    result = json.loads(out.read_text())
+    return {**result, "first_step_seconds": result.pop("first_step_at") - started}
 
 
-def figures(result: dict, case: dict) -> dict:
+def figures(result: dict, case: dict, warm: int) -> dict:
     """Step time, tokens/s a GPU and TFLOP/s a GPU of one run."""
     if "error" in result:
         return result
-    seconds = statistics.median(result["step_times"][WARM:])
+    seconds = statistics.median(result["step_times"][warm:])
     tokens = case["global_batch"] * case["seq"] / seconds / case["gpus"]
     flops = size("llama3", case["size"]).architecture.flops_per_token(case["seq"])
     return {**result, "step_seconds": seconds, "tokens_per_s_per_gpu": tokens, "tflops_per_gpu": tokens * flops / 1e12}
@@ -83,29 +103,33 @@ def figures(result: dict, case: dict) -> dict:
 
 def main(arguments: list[str]) -> None:
     pairs = [a.split("=", 1) for a in arguments]
-    options = dict(pairs)
-    out = Path(options["out"])
-    results = json.loads(out.read_text()) if out.exists() else {}
+    options = {"steps": "16", "warm": "5", "stock": "true", **dict(pairs)}
+    steps, warm, out = int(options["steps"]), int(options["warm"]), Path(options["out"])
     for name in [v for k, v in pairs if k == "case"]:
         case = CASES[name]
+        row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": _gpu(), "versions": _versions()}
         with tempfile.TemporaryDirectory() as folder:
-            row = {"case": case, "ours": figures(ours(case, options["tokenizer"], Path(folder)), case)}
-            if options.get("stock", "true") == "true":
-                row["stock"] = figures(stock(case, options["tokenizer"], Path(folder)), case)
-        row.update(date=datetime.date.today().isoformat(), gpu=_gpu(), versions=_versions())
-        results[name] = row
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, json.dumps({k: _short(v) for k, v in row.items() if k in ("ours", "stock")}), flush=True)
+            for side in (ours, stock) if options["stock"] == "true" else (ours,):
+                row[side.__name__] = figures(side(case, steps, options["tokenizer"], Path(folder)), case, warm)
+                print(name, side.__name__, json.dumps(_short(row[side.__name__])), flush=True)
+                _save(out, name, row)
+
+
+def _save(out: Path, name: str, row: dict) -> None:
+    results = json.loads(out.read_text()) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**results, name: row}, indent=1) + "\n")
 
 
 def _short(result: dict) -> dict:
-    keys = ("step_seconds", "tokens_per_s_per_gpu", "tflops_per_gpu", "memory_gib", "planned_gib", "first_step_seconds", "error", "log")
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items() if k in keys}
+    keys = ("step_seconds tokens_per_s_per_gpu tflops_per_gpu memory_gib reserved_gib outside_torch_gib planned_gib first_step_seconds "
+            "error log").split()  # fmt: skip
+    return {k: round(result[k], 3) if isinstance(result[k], float) else result[k] for k in keys if k in result}
 
 
 def _gpu() -> str:
-    line = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    line = subprocess.run(command, capture_output=True, text=True).stdout
     return line.splitlines()[0].strip() if line else "none"
 
 

@@ -287,6 +287,8 @@ def _newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
 
 def _check_disk(run_dir: Path, planned, keys: dict[str, Any]) -> None:
     """Refuse a run whose checkpoints will not fit: weights, fp32 copies and moments, `keep` of them and one being written."""
+    if not keys["keep"]:
+        return
     bytes_each = planned.parameters * (12 if keys["precision"] == "fp32" else 14)
     need = bytes_each * (min(keys["keep"], max(1, keys["steps"] // keys["every"])) + 1)
     free = shutil.disk_usage(run_dir).free

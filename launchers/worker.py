@@ -7,34 +7,41 @@ Started by torchrun (or a cluster's launcher) once a device, as `python -m launc
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 JOB = "job.json"  # what the launcher hands over: recipe, keys, overrides, shape and this machine's paths
+MEMORY_LINE = "peak GPU memory:"  # how the last line of a GPU rank's log begins; JSON follows
+LAUNCHER = "LLM_BUILDER_LAUNCHER"  # environment: the process id of a launcher on this machine
 PR_SET_PDEATHSIG = 1
 
 
 def main(run_dir: Path) -> int:
     die_with_parent()
+    os.register_at_fork(after_in_child=die_with_parent)  # the processes that write checkpoints
     rank = int(os.environ.get("RANK", "0"))
     _log_to(run_dir / "logs" / f"rank{rank}.log")
     from nemo_ext import run_folder
-    from nemo_ext.errors import RunError, UserError
+    from nemo_ext.errors import explain, is_lost_connection
 
     try:
         train(run_folder.read_json(run_dir / JOB), run_dir)
-    except (UserError, RunError) as error:
-        traceback.print_exc()
-        run_folder.write_status(run_dir, "failed", message=str(error))
-        return error.exit_code
-    except OSError as error:
-        traceback.print_exc()
-        run_folder.write_status(run_dir, "failed", message=f"{error.strerror or error}: {error.filename or run_dir}")
-        return 1
+    except Exception as error:
+        with suppress(OSError):
+            traceback.print_exc()
+        code = getattr(error, "exit_code", 1)
+        if not is_lost_connection(error):
+            with suppress(OSError):
+                run_folder.write_failure(run_dir, explain(error, run_dir), code)
+        os._exit(code)  # threads of libraries may wait for ranks that are gone
     return 0
 
 
@@ -53,18 +60,51 @@ def train(job: dict, run_dir: Path) -> None:
     recipe = recipes.load(job["recipe"], shape=Architecture(**job["architecture"]), overrides=job["overrides"], **job["keys"])
     recipes.bind(recipe, run_dir=str(run_dir), tokenizer=job["tokenizer"], blend=job["blend"], weights=job["weights"],
                  checkpoint=job["checkpoint"])  # fmt: skip
-    fdl.build(recipe)()
+    with _left_on_device():
+        fdl.build(recipe)()
+    if torch.cuda.is_available():
+        _log_memory()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def _left_on_device() -> Iterator[None]:
+    """Keep Lightning from copying the model and the optimizer's states to host memory when a fit ends: for the ranks of a node
+    that is hundreds of GB, and this process ends next."""
+    from lightning.pytorch import LightningModule
+
+    states = mock.patch("lightning.pytorch.strategies.strategy._optimizers_to_device")
+    with states, mock.patch.object(LightningModule, "cpu", lambda module: module):
+        yield
+
+
+def _log_memory() -> None:
+    """Leave this process's GPU memory in its log, in bytes: torch's peaks, and what else of the device is in use at the end."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    print(MEMORY_LINE, json.dumps({**peaks, "outside_torch": total - free - torch.cuda.memory_reserved()}), flush=True)
+
+
 def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it dies: no orphan holds a GPU."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher and not _alive(int(launcher)):  # everything between it and us died before we could ask
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _log_to(file: Path) -> None:
@@ -79,3 +119,5 @@ def _log_to(file: Path) -> None:
 
 if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1])))
+elif __name__ == "__mp_main__":  # a process that multiprocessing starts anew, such as the queue of the checkpoint writers
+    die_with_parent()

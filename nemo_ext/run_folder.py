@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Iterable
@@ -25,6 +26,9 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 PLOTS = "plots"
+MANIFEST = "files.json"  # in a checkpoint: its files and their sizes
+PARTIAL = ".partial"  # ends the name of a checkpoint that is being written or deleted
+DAMAGED = ".damaged"  # and of one that was found to be
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 PHASES = ("starting", "evaluating", "training", "saving", "finished", "stopped", "failed")
@@ -83,6 +87,12 @@ def write_status(
 def read_status(run_dir: str | os.PathLike) -> dict | None:
     """What status.json says, or None where there is none."""
     return read_json(Path(run_dir) / STATUS)
+
+
+def write_failure(run_dir: str | os.PathLike, message: str, exit_code: int = 1, step: int = 0, max_steps: int = 0, **more: Any) -> None:
+    """Say in status.json that this start of the run failed, unless another rank has said so before: the first one knows why."""
+    if (read_status(run_dir) or {}).get("phase") != "failed":
+        write_status(run_dir, "failed", step, max_steps, message, exit_code=exit_code, **more)
 
 
 def parse_records(lines: Iterable[bytes]) -> list[dict]:
@@ -155,3 +165,39 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[int, Path] | None:
     """The newest complete checkpoint as (step, path), or None."""
     found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """List a checkpoint's files and their sizes in bytes inside it."""
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    write_json(checkpoint / MANIFEST, sizes)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by the sizes of its files; None where nothing is, or where it has no list of them."""
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    sizes = read_json(checkpoint / MANIFEST)
+    if sizes is None:
+        return f"{MANIFEST} is not readable"
+    for name, size in sizes.items():
+        try:
+            found = (checkpoint / name).stat().st_size
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != size:
+            return f"{name} has {found:,} bytes and not {size:,}"
+    return None
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint. Renamed first: a kill half-way leaves nothing under a final name."""
+    doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_partial(folder: str | os.PathLike) -> None:
+    """Remove what killed or failed processes left half-written or half-deleted in a run's `checkpoints` folder."""
+    for leftover in Path(folder).glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)

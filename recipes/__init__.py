@@ -155,10 +155,10 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 
 def _positive(keys: dict[str, Any]) -> None:
     for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp cp "
-                 "gpu_memory every val_every val_batches eps layer_decay").split():  # fmt: skip
+                 "gpu_memory every val_every eps layer_decay").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
-    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep"):
+    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches"):
         if keys[name] is not None and keys[name] < 0:
             raise UserError(f"{name}={keys[name]} must not be negative")
     if keys["min_lr"] is not None and keys["min_lr"] > keys["lr"]:

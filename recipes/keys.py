@@ -95,7 +95,7 @@ class TrainKeys:
     keep: int = key(2, "checkpoints kept, newest first; 0 saves none")
     async_save: bool = key(True, "write checkpoints while training goes on", path="trainer.strategy.ckpt_async_save")
     val_every: Optional[int] = key(None, "steps between evaluations on held-out text", unit="steps", auto="a tenth of the run")
-    val_batches: int = key(8, "global batches of held-out text an evaluation reads", path="data.val_batches")
+    val_batches: int = key(8, "global batches of held-out text an evaluation reads; 0 evaluates nothing", path="data.val_batches")
     tensorboard: bool = key(True, "write TensorBoard event files")
     wandb: Optional[str] = key(None, "Weights & Biases project to log to", auto="none")
 

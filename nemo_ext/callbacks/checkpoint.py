@@ -1,28 +1,28 @@
 """Checkpoints that a kill at any moment cannot spoil, kept to the newest few.
 
 A checkpoint is written under a temporary name beside its final one, flushed to disk, and renamed when every rank has written
-its part: `checkpoints/step-000120` is complete or absent. Asynchronous saves rename when they are done, some steps later.
+its part: `checkpoints/step-000120` is complete or absent. Asynchronous saves rename when they are done, some steps later. A
+list of the files and their sizes lies in it, by which the launcher knows one that was damaged since.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import time
 from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from nemo_ext.run_folder import checkpoints, newest_checkpoint
-
-PARTIAL = ".partial"
+from nemo_ext.run_folder import PARTIAL, checkpoints, clear_partial, newest_checkpoint, remove_checkpoint, write_manifest
 
 
 class AtomicCheckpoint(Checkpoint):
-    """Saves every `every` steps, at the end and on request, keeping the newest `keep`.
+    """Saves every `every` steps, at the end and on request, keeping the newest `keep`; with `keep` 0 it saves nothing.
 
     Collective: every rank calls `save`. Model, optimizer, schedule, loops and the data module's position are saved through
-    the strategy as a Megatron distributed checkpoint, which loads at another layout.
+    the strategy as a Megatron distributed checkpoint, which loads at another layout. The last step is saved after its
+    evaluation, so that a run whose last checkpoint is complete has nothing left to do.
     """
 
     def __init__(self, folder: str, every: int, keep: int, async_save: bool):
@@ -32,17 +32,22 @@ class AtomicCheckpoint(Checkpoint):
 
     def setup(self, trainer, pl_module, stage) -> None:
         if trainer.is_global_zero:
-            for leftover in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover)
+            clear_partial(self.folder)
         if (found := newest_checkpoint(self.folder)) is not None:
             self.saved_step = found[0]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
             self.save(trainer)
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.save(trainer)
+        if self.async_save:
+            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        """Give back what an unfinished checkpoint takes: the disk may be full."""
+        clear_partial(self.folder)
 
     def save(self, trainer) -> None:
         """Save the current step, unless it is saved already."""
@@ -52,16 +57,19 @@ class AtomicCheckpoint(Checkpoint):
         self.saved_step = step
         final = self.folder / f"step-{step:06d}"
         partial = final.with_name(final.name + PARTIAL)
+        started = time.monotonic()
 
         def publish() -> None:
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
             if trainer.is_global_zero:
+                write_manifest(partial)
                 flush(partial)
                 os.rename(partial, final)
                 flush(self.folder)
+                print(f"checkpoint of step {step} is complete after {time.monotonic() - started:.1f} s", flush=True)
                 for _, old in checkpoints(self.folder)[: -self.keep]:
-                    shutil.rmtree(old)
+                    remove_checkpoint(old)
 
         options = dict(finalize_fn=publish) if self.async_save else None
         trainer.save_checkpoint(partial, storage_options=options)

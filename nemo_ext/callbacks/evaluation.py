@@ -28,8 +28,8 @@ class Evaluation(Callback):
             self.evaluate(trainer)
 
     def evaluate(self, trainer) -> None:
-        """One pass over the held-out batches, if there are any, at most once a step."""
-        if trainer.global_step == self.evaluated_step:
+        """One pass over the held-out batches, at most once a step; nothing where no document was held out."""
+        if trainer.global_step == self.evaluated_step or not trainer.datamodule.has_heldout:
             return
         self.evaluated_step = trainer.global_step
         connector = trainer._logger_connector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_ext import run_folder
-from nemo_ext.errors import RunError, UserError
+from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
 from nemo_ext.platform import hardware
 
 GIB = 1024**3
@@ -151,16 +152,20 @@ class MetricsCallback(pl.Callback):
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._writes = self._writes or not self._begun and trainer.is_global_zero
-        try:
+        with contextlib.suppress(Exception):  # the device is gone, or the loss is what failed: the first exception is to be told
             self._flush(final=True)
-        except Exception:  # the device is gone, or the loss is what failed: the first exception is the one to tell
-            pass
-        message = (str(exception).strip() or type(exception).__name__).splitlines()[0]
-        if "found NaN in local grad norm" in message:  # Megatron's check_for_nan_in_grad, raised in the middle of a step
-            message = str(_not_finite("gradient", math.nan, trainer.global_step + 1))
-        self._set_phase("failed", trainer.global_step, message)
-        self._close()
+        with contextlib.suppress(Exception):
+            self._close()
+        if isinstance(exception, KeyboardInterrupt) or is_lost_connection(exception):
+            return  # another rank knows why
+        if isinstance(exception, RunError) and self._begun and not self._writes:
+            return  # raised on the writing rank too
+        message, step = explain(exception, self.run_dir), trainer.global_step
+        if "found NaN in local grad norm" in str(exception):  # Megatron's check_for_nan_in_grad, raised in the middle of a step
+            message = str(_not_finite("gradient", math.nan, step + 1))
+        with contextlib.suppress(OSError):  # a full disk: the worker says it again when there is space
+            code = getattr(exception, "exit_code", 1)
+            run_folder.write_failure(self.run_dir, message, code, step, self.max_steps, started=self._started)
 
     # What the hooks share.
 

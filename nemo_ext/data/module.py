@@ -66,12 +66,16 @@ class CorpusDataModule(pl.LightningDataModule, io.IOMixin):
         self._train = None
         self._heldout: HeldoutWindows | None = None
 
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.val_batches > 0 and any(heldout for _, _, heldout in self.blend)
+
     def setup(self, stage: str = "") -> None:
         """Build the data sets. Collective: rank 0 writes the indices, the others wait and read them."""
-        if self._heldout is None and self.val_batches:
+        if self._heldout is None and self.has_heldout:
             prefixes = [heldout for _, _, heldout in self.blend if heldout]
-            if prefixes:
-                self._heldout = HeldoutWindows(prefixes, self.seq_length, self.global_batch_size, self.val_batches, self.seed)
+            self._heldout = HeldoutWindows(prefixes, self.seq_length, self.global_batch_size, self.val_batches, self.seed)
         if stage in ("", "fit") and self._train is None:
             self._train = build_train_dataset(
                 self.blend,

@@ -1,4 +1,4 @@
-"""The platform is found, not asked: with CUDA this package does nothing; without it, the same NeMo and Megatron code
+"""The platform is found, not asked: with CUDA this package changes no computation; without it, the same NeMo and Megatron code
 runs on CPU tensors and gloo.
 
 `activate()` is called once in a process, before anything of NeMo or Megatron is imported. It is the only place that knows
@@ -9,8 +9,11 @@ and the optimizer keeps its state the way apex and Transformer Engine do, so tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import warnings
+from unittest import mock
 
 from nemo_ext.errors import UserError
 
@@ -33,6 +36,7 @@ def activate() -> bool:
     import torch
 
     if torch.cuda.is_available():
+        _skip_managed_memory_build()
         _active = False
         return False
     _check_versions()
@@ -49,6 +53,19 @@ def activate() -> bool:
     cpu_nemo.install()
     _active = True
     return True
+
+
+def _skip_managed_memory_build() -> None:
+    """Import Megatron without the C++ extension that it compiles at every import: an allocator for inference in managed memory,
+    which is used nowhere here."""
+    from torch.utils import cpp_extension
+
+    def refuse(*args, **kwargs):
+        raise ImportError("not built: unused")
+
+    with mock.patch.object(cpp_extension, "load_inline", refuse), warnings.catch_warnings(), contextlib.suppress(ImportError):
+        warnings.simplefilter("ignore", UserWarning)
+        import megatron.core.inference.unified_memory  # noqa: F401
 
 
 def distributed_backend() -> str:

@@ -58,6 +58,7 @@ def runs(train):
              dict(name="again_dropout", continue_copy_of="stopped_dropout", overrides={"model.config.hidden_dropout": 0.1})]  # fmt: skip
     one = [dict(name="one"), dict(name="one_untied", model="untied"), dict(name="one_layerwise", keys=dict(layer_decay=0.7)), *resumes,
            *again]  # fmt: skip
+    one += [dict(name="no_evaluation", keys=dict(val_batches=0))]
     one += [dict(name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, global_batch=4)) for family in FAMILIES]
     folder = train(one, 1)
     two = [dict(name=n, keys=k) for n, k in {**LAYOUTS, **OTHERS}.items()]
@@ -78,6 +79,11 @@ def test_every_family_trains_from_random_weights(runs, family):
     assert sorted(train_losses) == [1, 2, 3, 4]
     assert abs(held_out[0] - math.log(49152)) < 0.4
     assert held_out[4] < held_out[0] - 0.02
+
+
+def test_training_without_evaluation_is_the_same(runs):
+    assert losses(runs, "no_evaluation")[0] == losses(runs, "one")[0]
+    assert losses(runs, "no_evaluation")[1] == {}
 
 
 def test_training_learns(runs):
