@@ -7,78 +7,127 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from launchers.progress import follow
-from launchers.worker import die_with_parent
+from launchers.worker import LAUNCHER, die_with_parent
 from nemo_ext import run_folder
-from nemo_ext.errors import RunError
+from nemo_ext.errors import ALMOST_NOTHING, RunError, UserError, free_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-DEAD_RANK = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)
+RANK_REPORT = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)
+# Nobody but the kernel or a person sends these; torchrun ends the other ranks with SIGTERM.
+SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def run(run_dir: Path, processes: int, threads: int) -> signal.Signals | None:
+def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.Signals | None:
     """Train the job in `run_dir` on `processes` local processes of `threads` threads each, showing progress.
 
-    Returns None when the run is complete, or the signal that stopped it after it saved. Raises RunError when a process died.
+    Returns None when the run is complete, or the signal that stopped it after it saved. Raises RunError when a process died,
+    UserError when one refused its input.
     """
     log = run_dir / run_folder.LOGS / "torchrun.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
+    run_folder.write_status(run_dir, "starting", 0, max_steps)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
+                   LAUNCHER: str(os.getpid())}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                "-m", "launchers.worker", str(run_dir)]  # fmt: skip
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                                   cwd=ROOT, start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
-        with _forwarding(process) as received:
-            code = follow(run_dir, process)
+    with open(log, "w") as output, _forwarding() as stop:
+        stop.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                                        cwd=ROOT, start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+        stop.pass_on()
+        code = follow(run_dir, stop.process)
     status = run_folder.read_status(run_dir) or {}
     if code == 0:
-        return received[0] if received and status.get("phase") != "finished" else None
-    if received:  # before the first step there is nothing to save
-        return received[0]
-    if status.get("phase") == "failed" and status.get("message"):
-        raise RunError(f"{status['message']}; logs are in {log.parent}")
-    raise RunError(f"{_cause(log)}; logs are in {log.parent}, the same command continues from the newest checkpoint")
+        if status.get("phase") == "stopped":
+            return stop.received or signal.SIGTERM  # sent to the processes themselves
+        return None
+    if stop.received:  # before the first step there is nothing to save
+        return stop.received
+    _raise_cause(run_dir, status, log)
+
+
+class _Stop:
+    """What a signal to the launcher does: the first goes to the workers, which save and end; the second kills them."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.received: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            self.kill()
+            return
+        self.received = signal.Signals(number)
+        print(f"{self.received.name}: the run ends after this step, once it has saved; a second signal kills it", file=sys.stderr)
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Tell the workers, or torchrun while it has none, if a signal was received."""
+        if self.received is None or self.process is None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            for each in parent.children() or [parent]:
+                with suppress(psutil.NoSuchProcess):
+                    each.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """torchrun first, so that nothing reports; its workers die with it."""
+        if self.process is not None and self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen):
-    """While open, SIGTERM, SIGINT and SIGUSR1 go to the workers, which save and end; a second one kills them."""
-    received: list[signal.Signals] = []
-
-    def forward(number, frame):
-        received.append(signal.Signals(number))
-        if len(received) > 1:
-            os.killpg(process.pid, signal.SIGKILL)
-            return
-        for worker in psutil.Process(process.pid).children():
-            worker.send_signal(signal.SIGTERM)
-
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+def _forwarding() -> Iterator[_Stop]:
+    """While open, signals that ask to end are handled by the `_Stop` it gives; whatever still runs at the end is killed."""
+    stop = _Stop()
+    previous = {each: signal.signal(each, stop) for each in POLITE}
     try:
-        yield received
+        yield stop
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        stop.kill()
 
 
-def _cause(log: Path) -> str:
-    """Which rank died of what, from torchrun's report."""
+def _raise_cause(run_dir: Path, status: dict, log: Path) -> None:
+    """Raise the one error that says why the run failed: a rank that died suddenly, what a rank said, or what torchrun saw."""
+    where = f"logs are in {log.parent}"
+    reports = _reports(log)
+    for rank, code in reports:
+        if -code in SUDDEN:
+            cause = f"rank {rank} was killed ({signal.Signals(-code).name}{'; out of memory?' if code == -signal.SIGKILL else ''})"
+            raise RunError(f"{cause}; the same command continues from the newest checkpoint; {where}")
+    if status.get("phase") == "failed" and status.get("message"):
+        if status.get("exit_code") == UserError.exit_code:
+            raise UserError(status["message"])
+        raise RunError(f"{status['message']}; {where}")
+    if free_bytes(run_dir) < ALMOST_NOTHING:
+        raise RunError(f"the disk is full: {run_dir}: make space, the same command continues from the newest checkpoint")
+    if reports:
+        rank, code = reports[0]
+        cause = f"rank {rank} died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+    else:
+        cause = "the run's processes failed"
+    raise RunError(f"{cause}; {where}, the same command continues from the newest checkpoint")
+
+
+def _reports(log: Path) -> list[tuple[int, int]]:
+    """(rank, exit code) of the processes that failed, the first one first, from torchrun's report."""
     text = log.read_text(errors="replace")
-    found = DEAD_RANK.search(text[text.find("Root Cause") :])
-    if not found:
-        return "the run's processes failed"
-    rank, code = int(found[1]), int(found[2])
-    if code == -signal.SIGKILL:
-        return f"rank {rank} was killed (SIGKILL; out of memory?)"
-    return f"rank {rank} died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+    root = text.find("Root Cause")
+    if root < 0:
+        return []
+    found = [(int(rank), int(code)) for part in (text[root:], text[:root]) for rank, code in RANK_REPORT.findall(part)]
+    return list(dict.fromkeys(found))
 
 
 def _python_path() -> str:

@@ -22,6 +22,7 @@ JOB = "job.json"  # what the launcher hands over: recipe, keys, overrides, shape
 MEMORY_LINE = "peak GPU memory:"  # how the last line of a GPU rank's log begins; JSON follows
 LAUNCHER = "LLM_BUILDER_LAUNCHER"  # environment: the process id of a launcher on this machine
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 
 
 def main(run_dir: Path) -> int:
@@ -91,7 +92,7 @@ def _log_memory() -> None:
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it dies: no orphan holds a GPU."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = os.environ.get(LAUNCHER)
     if launcher and not _alive(int(launcher)):  # everything between it and us died before we could ask
         os.kill(os.getpid(), signal.SIGKILL)
