@@ -26,6 +26,7 @@ def main(shape: dict, out: str) -> None:
     recipe = getattr(llm, shape["recipe"]).pretrain_recipe(name="stock", dir="/tmp/stock", num_nodes=1, num_gpus_per_node=world)
     recipe.data.tokenizer = run.Config(AutoTokenizer, shape["tokenizer"])  # its default is downloaded
     recipe.data.seq_length = recipe.model.config.seq_length = shape["seq"]
+    recipe.model.config.vocab_size = shape["vocab"]  # the model's own; else the tokenizer's
     recipe.data.global_batch_size, recipe.data.micro_batch_size = shape["global_batch"], shape["micro_batch"]
     recipe.trainer.strategy.tensor_model_parallel_size = shape["tp"]
     recipe.trainer.strategy.pipeline_model_parallel_size = shape["pp"]

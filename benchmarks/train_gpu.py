@@ -79,7 +79,8 @@ def rank_memory(log: Path) -> dict:
 
 def stock(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     """Run NeMo's own recipe in torchrun."""
-    shape = json.dumps({**case, "recipe": STOCK[case["size"]], "steps": steps, "tokenizer": tokenizer})
+    vocab = size("llama3", case["size"]).architecture.padded_vocab_size
+    shape = json.dumps({**case, "recipe": STOCK[case["size"]], "steps": steps, "tokenizer": tokenizer, "vocab": vocab})
     out = folder / "stock.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['gpus']}",
                str(ROOT / "benchmarks/stock_nemo.py"), shape, str(out)]  # fmt: skip

@@ -65,7 +65,7 @@ class _Stop:
             self.kill()
             return
         self.received = signal.Signals(number)
-        print(f"{self.received.name}: the run ends after this step, once it has saved; a second signal kills it", file=sys.stderr)
+        os.write(2, f"{self.received.name}: ending after this step, once it is saved; a second signal kills\n".encode())
         self.pass_on()
 
     def pass_on(self) -> None:

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nemo_ext import run_folder
-from nemo_ext.report import duration
+from nemo_ext.report import duration, flops_text
 
 POLL_SECONDS = 0.2
 LINE_SECONDS = (10.0, 300.0)  # plain lines come at least and at most this far apart; a fiftieth of what is left, between
 BAR_LINE_SECONDS = 10.0
+PHASE_SECONDS = 5.0  # evaluating or saving gets a line of its own when it takes longer
 NARROW = 100  # columns; a terminal of fewer gets a shorter bar line
 
 
@@ -100,7 +101,7 @@ class _Run:
             parts.append(f"held-out {self.val_loss:.4f}")
         if self.record:
             parts.append(f"{_figure(self.record.get('tokens_per_s'), ',.0f')} tokens/s")
-            parts.append(f"{_figure(self.record.get('tflops'), '.3g')} TFLOP/s")
+            parts.append(flops_text(self.record.get("tflops") or 0.0))
         if self.eta is not None:
             parts.append(f"ETA {duration(self.eta)}")
         return "  ".join(parts)
@@ -140,12 +141,12 @@ class _BarView:
 
 
 class _LineView:
-    """Plain lines: each phase, the first step, each validation, and steps now and then."""
+    """Plain lines: the phases that take time, the first step, each validation, and steps now and then."""
 
     def __init__(self, console: Console) -> None:
         self._print = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._started = time.monotonic()
-        self._phase = ""
+        self._phase, self._since, self._said = "", 0.0, {""}
         self._last_line = -1e9
         self._last_tenth = 0
 
@@ -160,12 +161,21 @@ class _LineView:
             if "val_loss" in record:
                 ppl = _figure(record.get("val_ppl"), ",.2f")
                 self._line(f"held-out loss {_figure(record['val_loss'], '.4f')}, perplexity {ppl} at step {record['step']}")
-        if run.phase != self._phase:
-            self._phase = run.phase
-            self._line(f"{run.phase}{': ' if run.message else ''}{run.message}")
+        self._show_phase(run)
         if any("val_loss" not in record for record in records) and self._due(run):
             self._line(f"step {run.step}/{run.max_steps}  {run.figures()}")
             self._last_line = time.monotonic()
+
+    def _show_phase(self, run: _Run) -> None:
+        """Start, first step and end at once; evaluating and saving, which come again and again, when they take their time."""
+        now = time.monotonic()
+        if run.phase != self._phase:
+            self._phase, self._since = run.phase, now
+            self._said -= {"evaluating", "saving"}
+        if run.phase in self._said or (run.phase in ("evaluating", "saving") and now - self._since < PHASE_SECONDS):
+            return
+        self._said.add(run.phase)
+        self._line(f"{run.phase}{': ' if run.message else ''}{run.message}")
 
     def _due(self, run: _Run) -> bool:
         """First and last step, every tenth of the run, and when enough time has passed."""

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ if __name__ == "__main__":
 
 import recipes
 from launchers import grammar
-from nemo_ext.errors import RunError, UserError
+from launchers.worker import JOB
+from nemo_ext.errors import RunError, UserError, explain, free_bytes
 
 GIB = 2**30
+LOCK = ".lock"
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
     "nodes gpus tp pp vp cp sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
@@ -36,8 +39,13 @@ FREE_TO_CHANGE = set(
 )
 
 
+class Stopped(BaseException):
+    """A signal that ends the command while it prepares or reports. While it trains, `local` handles signals."""
+
+
 def main(arguments: list[str]) -> int:
     debug = "debug=true" in arguments
+    previous = signal.signal(signal.SIGTERM, _stop)
     try:
         command = grammar.parse(arguments)
         debug = command.debug
@@ -57,17 +65,25 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 128 + signal.SIGINT, debug)
+        return _fail(explain(error, Path.cwd()), 2, debug)
+    except (Stopped, KeyboardInterrupt) as error:
+        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+        print(f"stopped by {signal.Signals(number).name} before training; the same command goes on", file=sys.stderr)
+        return 128 + number
     except Exception as error:
-        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (debug=true shows where)", 1, debug)
+        return _fail(f"{explain(error, Path.cwd())} (debug=true shows where)", 1, debug)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -81,8 +97,7 @@ def list_recipes() -> None:
 
 def start(command: grammar.Command) -> int:
     """Plan, prepare, train, report. Returns the exit code."""
-    from launchers import local, plan, prepare
-    from nemo_ext import report, run_folder
+    from launchers import plan
     from nemo_ext.platform import hardware
 
     method, family = recipes.split(command.recipe)
@@ -91,49 +106,80 @@ def start(command: grammar.Command) -> int:
         print("no CUDA device: training on CPU processes over gloo (size=smoke unless model= or size= is given)")
     keys = recipes.resolve(command.recipe, command.keys, cuda=machine.cuda)
     keys["gpus"] = keys["gpus"] or max(1, len(machine.gpus))
-    if not command.plan:
-        _check_machine(keys, machine)
-    checkpoint, architecture = _starting_point(command.recipe, method, family, keys, planning=command.plan)
-    planned = plan.plan(architecture, _request(keys, machine))
-    keys = {**keys, **_planned_keys(planned)}
     if command.plan:
-        print("\n".join(planned.lines()))
+        _, architecture = _starting_point(command.recipe, method, family, keys, planning=True)
+        print("\n".join(plan.plan(architecture, _request(keys, machine)).lines()))
         return 0
-    if command.overrides:
-        _check_overrides(command, keys, architecture)
+    _check_machine(keys, machine)
     keys = _absolute(keys)
     run_dir = Path(keys["out"])
-    tokenizer = _tokenizer(keys, checkpoint, architecture)
     with _owned(run_dir):
-        _check_same_run(run_dir, command.recipe, keys, command.overrides)
-        print(_brief(planned))
-        text = prepare.corpus(keys, tokenizer)
-        keys["steps"] = keys["steps"] or max(1, text.train_tokens // (keys["seq"] * keys["global_batch"]))
-        keys = recipes.finish(keys)
-        found = _newest_checkpoint(run_dir)
+        _check_same_run(run_dir, command.recipe, {k: v for k, v in keys.items() if v is not None}, command.overrides)
+        if (summary := _complete(run_dir)) is not None:
+            return _done(f"{run_dir} is complete at step {summary['steps']}", summary)
+        return _run(command, keys, machine, run_dir)
+
+
+def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path) -> int:
+    """`start`, of a run that is not complete and whose folder is held."""
+    from launchers import local, plan, prepare
+    from nemo_ext import report, run_folder
+
+    checkpoint, architecture = _starting_point(command.recipe, *recipes.split(command.recipe), keys, planning=False)
+    planned = plan.plan(architecture, _request(keys, machine))
+    keys = {**keys, **_planned_keys(planned)}
+    if command.overrides:
+        _check_overrides(command, keys, architecture)
+    tokenizer = _tokenizer(keys, checkpoint, architecture)
+    print(_brief(planned))
+    text = prepare.corpus(keys, tokenizer)
+    keys["steps"] = keys["steps"] or max(1, text.train_tokens // (keys["seq"] * keys["global_batch"]))
+    keys = recipes.finish(keys)
+    _check_same_run(run_dir, command.recipe, keys, command.overrides)
+    found = _usable_checkpoint(run_dir)
+    started_at = found[0] if found else 0
+    if started_at < keys["steps"]:
         _check_disk(run_dir, planned, keys)
         weights = prepare.weights(checkpoint) if checkpoint and not found else None
-        if found and found[0] >= keys["steps"] and (run_dir / run_folder.SUMMARY_JSON).is_file():
-            print(f"{run_dir} is complete at step {found[0]}")
-            print("\n".join(report.terminal_lines(run_folder.read_json(run_dir / run_folder.SUMMARY_JSON))))
-            return 0
         grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
         run_folder.write_json(run_dir / run_folder.PLAN, planned.to_dict())
         job = {
             "recipe": command.recipe, "keys": keys, "overrides": command.overrides, "architecture": architecture.to_dict(),
             "tokenizer": str(tokenizer), "blend": text.blend(), "weights": str(weights) if weights else None,
-            "checkpoint": str(found[1]) if found else None,
+            "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at,
         }  # fmt: skip
-        run_folder.write_json(run_dir / "job.json", job)
+        run_folder.write_json(run_dir / JOB, job)
         if found:
-            print(f"continuing {run_dir} from step {found[0]}")
-        stopped = local.run(run_dir, keys["gpus"], threads=max(1, machine.cpu_count // keys["gpus"]))
+            print(f"continuing {run_dir} from step {started_at}")
+        stopped = local.run(run_dir, keys["gpus"], threads=max(1, machine.cpu_count // keys["gpus"]), max_steps=keys["steps"])
         if stopped:
             at = _newest_checkpoint(run_dir)
-            print(f"stopped by {stopped.name}; {f'saved at step {at[0]}, ' if at else ''}the same command continues")
+            print(f"stopped by {stopped.name}; the same command continues {f'from step {at[0]}, {at[1]}' if at else 'from the start'}")
             return 128 + stopped
-        summary = report.write(run_dir, _facts(command, keys, planned, text, found, architecture, run_dir))
-        print("\n".join(report.terminal_lines(summary)))
+    else:  # killed between its last checkpoint and its summary
+        started_at = (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0)
+    try:
+        summary = report.write(run_dir, _facts(command, keys, planned, text, started_at, run_dir))
+    except OSError as error:
+        raise RunError(f"the run is complete, its summary is not: {explain(error, run_dir)}") from error
+    return _done("", summary)
+
+
+def _complete(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has made all its steps."""
+    from nemo_ext import run_folder
+
+    summary = run_folder.read_json(run_dir / run_folder.SUMMARY_JSON)
+    if summary is None or not (run_dir / run_folder.CONFIG).is_file():
+        return None
+    steps = grammar.read_config(run_dir / run_folder.CONFIG).get("steps")
+    return summary if steps and summary.get("steps", 0) >= steps else None
+
+
+def _done(headline: str, summary: dict[str, Any]) -> int:
+    from nemo_ext import report
+
+    print("\n".join(filter(None, [headline, *report.terminal_lines(summary)])))
     return 0
 
 
@@ -161,7 +207,10 @@ def _starting_point(recipe: str, method, family: str, keys: dict[str, Any], plan
     size = models.size(family, keys["size"])
     if keys["model"]:
         checkpoint = prepare.find(keys["model"])
-        shape = prepare.shape(checkpoint)
+        try:
+            shape = prepare.shape(checkpoint)
+        except UserError as error:
+            raise UserError(f"model={keys['model']}: {error}") from None
         wanted = size.architecture.family
         if shape.family != wanted:
             raise UserError(f"model={keys['model']} is a {shape.family} model, recipe={recipe} trains {wanted}")
@@ -217,13 +266,13 @@ def _planned_keys(planned) -> dict[str, Any]:
 
 
 def _brief(planned) -> str:
-    from nemo_ext.report import layout_text
+    from nemo_ext.report import batch_text, count_text, layout_text
 
-    memory = planned.memory.total / GIB
+    layout, memory = dataclasses.asdict(planned.layout), planned.memory.total / GIB
     device = "process" if planned.request.device == "cpu" else "GPU"
     return (
-        f"{planned.parameters / 1e9:.2f} B parameters, {layout_text(dataclasses.asdict(planned.layout))}, "
-        f"{planned.tokens_per_step:,} tokens a step, {memory:.1f} of {planned.request.gpu_memory / GIB:.1f} GiB a {device}"
+        f"{count_text(planned.parameters)} parameters; {layout_text(layout)}; {planned.tokens_per_step:,} tokens a step in "
+        f"{batch_text(layout)}; {memory:.1f} of {planned.request.gpu_memory / GIB:.1f} GiB a {device}"
     )
 
 
@@ -253,15 +302,30 @@ def _absolute(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _owned(run_dir: Path):
-    """Hold the run's folder: two commands never write into one."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as lock:
+def _owned(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder: two commands never write into one. A new one goes again if nothing came to lie in it."""
+    new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / LOCK, "w")
+    except OSError as error:
+        raise UserError(f"out={run_dir} cannot be written: {error.strerror}{_unless(run_dir, error.filename)}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"out={run_dir}: another command is running there") from None
-        yield
+        try:
+            yield
+        finally:
+            if new and [path.name for path in run_dir.iterdir()] == [LOCK]:
+                (run_dir / LOCK).unlink()
+                for folder in new:
+                    folder.rmdir()
+
+
+def _unless(known: Path, filename: str | None) -> str:
+    return "" if filename in (None, str(known)) else f": {filename}"
 
 
 def _check_same_run(run_dir: Path, recipe: str, keys: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -270,8 +334,11 @@ def _check_same_run(run_dir: Path, recipe: str, keys: dict[str, Any], overrides:
 
     if not (run_dir / run_folder.CONFIG).is_file():
         return
-    held = grammar.read_config(run_dir / run_folder.CONFIG)
-    wanted = {"recipe": recipe, **{k: v for k, v in keys.items() if v is not None}, **overrides}
+    try:
+        held = grammar.read_config(run_dir / run_folder.CONFIG)
+    except UserError as error:
+        raise UserError(f"out={run_dir} holds a run that cannot be read ({error}): give another out=") from None
+    wanted = {"recipe": recipe, **keys, **overrides}
     changed = [k for k, v in wanted.items() if k not in FREE_TO_CHANGE and held.get(k) != v]
     changed += [k for k in held if "." in k and k not in overrides]
     if changed:
@@ -285,26 +352,45 @@ def _newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     return run_folder.newest_checkpoint(run_dir / run_folder.CHECKPOINTS)
 
 
+def _usable_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
+    """The newest checkpoint that is as it was written. Half-written ones are removed, damaged ones set aside."""
+    from nemo_ext import run_folder
+
+    run_folder.clear_partial(run_dir / run_folder.CHECKPOINTS)
+    while (found := _newest_checkpoint(run_dir)) and (damage := run_folder.damage(found[1])):
+        aside = found[1].with_name(found[1].name + run_folder.DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        found[1].rename(aside)
+        print(f"{found[1]} is damaged ({damage}): set aside as {aside.name}", file=sys.stderr)
+    if not found and any((run_dir / run_folder.CHECKPOINTS).glob(f"*{run_folder.DAMAGED}")):
+        raise UserError(f"out={run_dir}: no checkpoint is left undamaged: give another out=, or remove the folder to start anew")
+    return found
+
+
 def _check_disk(run_dir: Path, planned, keys: dict[str, Any]) -> None:
     """Refuse a run whose checkpoints will not fit: weights, fp32 copies and moments, `keep` of them and one being written."""
+    from nemo_ext import run_folder
+
     if not keys["keep"]:
         return
     bytes_each = planned.parameters * (12 if keys["precision"] == "fp32" else 14)
-    need = bytes_each * (min(keys["keep"], max(1, keys["steps"] // keys["every"])) + 1)
-    free = shutil.disk_usage(run_dir).free
+    count = min(keys["keep"], max(1, keys["steps"] // keys["every"]))
+    count += 1 - len(run_folder.checkpoints(run_dir / run_folder.CHECKPOINTS))  # of an earlier start: they are there
+    need, free = bytes_each * count, free_bytes(run_dir)
     if need > free:
         raise UserError(
-            f"out={run_dir}: checkpoints need {need / GIB:.1f} GiB (keep={keys['keep']} and one being written), {free / GIB:.1f} GiB are free: lower keep= or give another out="
+            f"out={run_dir}: checkpoints need {need / GIB:.1f} GiB (keep={keys['keep']} and one being written), {free / GIB:.1f} GiB "
+            "are free: make space, lower keep= or give another out="
         )
 
 
-def _facts(command, keys, planned, text, found, architecture, run_dir) -> dict[str, Any]:
+def _facts(command: grammar.Command, keys: dict[str, Any], planned, text, started_at: int, run_dir: Path) -> dict[str, Any]:
     newest = _newest_checkpoint(run_dir)
     return {
         "recipe": command.recipe,
         "parameters": planned.parameters,
         "layout": dataclasses.asdict(planned.layout),
-        "resumed_from_step": found[0] if found else 0,
+        "resumed_from_step": started_at,
         "train_tokens": text.train_tokens,
         "heldout_tokens": text.heldout_tokens,
         "checkpoint": str(newest[1]) if newest else None,

@@ -101,21 +101,35 @@ def perplexity(loss: float | None) -> float | None:
 
 
 def layout_text(layout: Any) -> str:
-    """A layout for people: {"tp": 2, "pp": 1, "dp": 4, "recompute": "full"} becomes "TP 2 x PP 1 x DP 4, full recomputation".
+    """A layout for people: {"tp": 2, "pp": 1, "dp": 4, "recompute": "full"} becomes "TP 2, PP 1, DP 4, full recomputation".
 
     Virtual stages (vp), context (cp) and expert (ep) parallelism are named where they are used.
     """
     if not isinstance(layout, dict):
         return str(layout)
     used = [key for key in ("tp", "pp", "vp", "cp", "ep", "dp") if (layout.get(key) or 0) > (key in ("vp", "cp", "ep"))]
-    parts = [" x ".join(f"{key.upper()} {layout[key]}" for key in used)]
+    parts = [f"{key.upper()} {layout[key]}" for key in used]
     if layout.get("sequence_parallel"):
         parts.append("sequence parallel")
-    if layout.get("micro_batch"):
-        parts.append(f"micro-batches of {layout['micro_batch']} x {layout.get('num_microbatches') or 1}")
     if layout.get("recompute") not in (None, "none"):
         parts.append(f"{layout['recompute']} recomputation")
-    return ", ".join(filter(None, parts))
+    return ", ".join(parts)
+
+
+def batch_text(layout: dict[str, Any]) -> str:
+    """How a replica of the model gets its part of a global batch: "2 micro-batches of 4 sequences"."""
+    count, size = layout.get("num_microbatches") or 1, layout["micro_batch"]
+    return f"{count} micro-batch{'es' if count > 1 else ''} of {size} sequence{'s' if size > 1 else ''}"
+
+
+def count_text(count: float) -> str:
+    """A number of parameters: "8.03 B", "134.5 M"."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def flops_text(tflops: float) -> str:
+    """Operations a second, given in units of 10^12: "1.5 TFLOP/s", below a tenth "34.7 GFLOP/s"."""
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 0.1 or tflops == 0 else f"{tflops * 1000:.3g} GFLOP/s"
 
 
 def duration(seconds: float) -> str:
@@ -169,13 +183,14 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["tokens_per_s"] is not None:
         speed = f"{summary['tokens_per_s']:,.0f} tokens/s"
         if summary["tflops"] is not None:
-            speed += f", {summary['tflops']:.3g} TFLOP/s per process"
+            speed += f", {flops_text(summary['tflops'])} a device"
         if summary["memory"] is not None:
             planned = f" ({summary['planned_memory']:.2f} planned)" if summary.get("planned_memory") else ""
             speed += f", {summary['memory']:.2f} GiB peak{planned}"
         rows.append(("speed", speed))
     if summary["layout"]:
-        rows.append(("layout", layout_text(summary["layout"])))
+        batch = f"; {batch_text(summary['layout'])}" if isinstance(summary["layout"], dict) and summary["layout"].get("micro_batch") else ""
+        rows.append(("layout", layout_text(summary["layout"]) + batch))
     return rows
 
 

@@ -21,10 +21,11 @@ class StopOnSignal(Callback):
         self.group = None
 
     def setup(self, trainer, pl_module, stage) -> None:
-        for each in SIGNALS:
-            signal.signal(each, self._note)
+        self._listen()
 
     def on_train_start(self, trainer, pl_module) -> None:
+        self._listen()  # since `setup` Lightning has put a SIGTERM handler of its own, which raises before anything is saved
+        trainer._signal_connector.received_sigterm = False
         self.group = torch.distributed.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -33,6 +34,10 @@ class StopOnSignal(Callback):
         if flag.item():
             self.received = self.received or signal.SIGTERM
             trainer.should_stop = True
+
+    def _listen(self) -> None:
+        for each in SIGNALS:
+            signal.signal(each, self._note)
 
     def _note(self, number, frame) -> None:
         self.received = signal.Signals(number)

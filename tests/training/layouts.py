@@ -1,7 +1,7 @@
 """Trains one small Llama under several layouts in the same processes; each case writes a run's folder.
 
 Run by torchrun (tests/training/conftest.py); argument: a JSON file with the common paths and the cases. Start-up of NeMo is
-paid once: between cases the process groups are torn down and built anew.
+paid once: between cases the model-parallel groups are built anew.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main(file: Path) -> None:
     from nemo_ext.architecture import Architecture
 
     torch.set_num_threads(1)
+    set_up_again()
     plan = json.loads(file.read_text())
     for case in plan["cases"]:
         out = Path(plan["out"]) / case["name"]
@@ -46,14 +47,12 @@ def main(file: Path) -> None:
         )  # fmt: skip
         if stop := case.get("stop_at"):
             recipe.trainer.callbacks.append(stop_at(stop))
-        run = fdl.build(recipe)
-        run.keywords["trainer"].strategy.store = torch.distributed.FileStore(str(out) + ".store", keys["gpus"])
-        run()
+        fdl.build(recipe)()
         for name in [n for n in os.environ if n.startswith("NVTE_")]:
             del os.environ[name]  # Megatron notes one model's attention backend there and refuses another's
         reset()
-        del run
         gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def copy(source: Path, out: Path) -> None:
@@ -81,8 +80,27 @@ def stop_at(step: int):
     return run.Config(StopAt, step=step)
 
 
+def set_up_again() -> None:
+    """Make NeMo's strategy build its model-parallel groups also where the world exists already, from the last case."""
+    import torch
+    from nemo.lightning import MegatronStrategy
+    from nemo.lightning._strategy_lib import init_model_parallel
+
+    first_time = MegatronStrategy.setup_distributed
+
+    def setup_distributed(self):
+        existed = torch.distributed.is_initialized()
+        first_time(self)
+        if existed:
+            init_model_parallel(self.model)
+            if self.data_sampler:
+                self.data_sampler.setup(self.cluster_environment.global_rank())
+
+    MegatronStrategy.setup_distributed = setup_distributed
+
+
 def reset() -> None:
-    """Forget the process groups and NeMo's record of them."""
+    """Forget the model-parallel groups and NeMo's record of them. The world stays: closed gloo groups leave threads that spin."""
     import megatron.core.num_microbatches_calculator as calculator
     import torch
     from megatron.core import parallel_state
@@ -91,7 +109,6 @@ def reset() -> None:
 
     torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
     calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR = None
     Singleton._Singleton__instances.pop(AppState, None)
 

@@ -23,7 +23,7 @@ LAYOUTS = {
 RESUMED_AT = [name for name in LAYOUTS if name != "dp2"]  # which has another optimizer: refused when a folder is continued
 # Many gradient buckets, whose ends are padded: upstream shifts the optimizer states of all but the first when it saves them.
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 10_000}
-OTHERS = {"tp2_sp_recompute": dict(tp=2, sp=True, recompute="full"), "pp2_micro1": dict(pp=2, micro_batch=1)}
+OTHERS = {"tp2_sp_recompute": dict(tp=2, sp=True, recompute="full"), "pp2_micro1": dict(pp=2, micro_batch=1), "pp2_selective": dict(pp=2, recompute="selective")}
 
 
 def losses(folder, name):
@@ -50,6 +50,7 @@ def runs(train):
         dict(name="stopped", stop_at=4, overrides=BUCKETS),
         dict(name="stopped_bf16", stop_at=4, keys=dict(precision="bf16"), overrides=BUCKETS),
         dict(name="whole_bf16", keys=dict(precision="bf16")),
+        dict(name="whole_fp16", keys=dict(precision="fp16"), overrides={"trainer.plugins.fp16_initial_loss_scale": 1024.0}),
         dict(name="whole_dropout", overrides={"model.config.hidden_dropout": 0.1}),
         dict(name="stopped_dropout", stop_at=4, overrides={"model.config.hidden_dropout": 0.1}),
     ]
@@ -117,6 +118,13 @@ def test_resumed_run_equals_the_one_that_was_not(runs, name):
 
 def test_bf16_resumes_with_its_fp32_weights(runs):
     assert_same(losses(runs, "whole_bf16"), losses(runs, "again_bf16"), tolerance=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_fp32(runs, precision):
+    """Losses of about 6 from 8 bits (bf16) or 11 bits (fp16, with loss scaling) of mantissa, averaged over 512 tokens."""
+    exact, half = losses(runs, "one")[0], losses(runs, f"whole_{precision}")[0]
+    assert all(0 < abs(exact[step] - half[step]) < 5e-3 for step in exact)
 
 
 def test_dropout_resumes_with_its_random_state(runs):
