@@ -23,7 +23,8 @@ def main(shape: dict, out: str) -> None:
 
     imported = time.time()
     world = int(os.environ["WORLD_SIZE"])
-    recipe = getattr(llm, shape["recipe"]).pretrain_recipe(name="stock", dir="/tmp/stock", num_nodes=1, num_gpus_per_node=world)
+    folder = os.path.join(os.path.dirname(out), "stock")
+    recipe = getattr(llm, shape["recipe"]).pretrain_recipe(name="stock", dir=folder, num_nodes=1, num_gpus_per_node=world)
     recipe.data.tokenizer = run.Config(AutoTokenizer, shape["tokenizer"])  # its default is downloaded
     recipe.data.seq_length = recipe.model.config.seq_length = shape["seq"]
     recipe.model.config.vocab_size = shape["vocab"]  # the model's own; else the tokenizer's

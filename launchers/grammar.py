@@ -78,7 +78,7 @@ def read_config(file: Path) -> dict[str, Any]:
         if type(error).__module__.startswith("yaml"):
             raise UserError(f"config={file} is not YAML: {_line(error)}") from None
         raise
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict) or not content or any(" " in str(key) for key in content):  # text is a mapping to OmegaConf
         raise UserError(f"config={file} holds no keys")
     return _flat(content)
 

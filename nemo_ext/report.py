@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from typing import Any
 from nemo_ext import run_folder
 
 WARM_UP_STEPS = 2  # the first steps of a run (allocation, compilation, cold caches) say nothing about its speed
+
+SMOOTHED = 50  # points from which a curve gets a running mean
+COLOUR = "#3b6ea8"
 
 PLOTS = {  # file name: y label
     "loss": "loss (nats per token)",
@@ -245,7 +249,7 @@ def _write_plots(run_dir: Path, steps: Sequence[dict], validations: Sequence[dic
 
 
 def _plot(points: Sequence[tuple[int, float]], label: str, resumed_from_step: int, markers: bool) -> bytes:
-    """One line over the optimizer's steps, as PNG."""
+    """One line over the optimizer's steps, as PNG; of many points, their running mean over the faint line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -253,16 +257,33 @@ def _plot(points: Sequence[tuple[int, float]], label: str, resumed_from_step: in
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    steps, values = zip(*points)
+    noisy = label != PLOTS["lr"] and not markers
+    window = len(points) // 25 | 1 if noisy and len(points) >= SMOOTHED else 0
     few = markers or len(points) < 3
-    axes.plot(*zip(*points), color="#3b6ea8", linewidth=1.4, marker="o" if few else None, markersize=4)
+    axes.plot(steps, values, color=COLOUR, linewidth=1.4, marker="o" if few else None, markersize=4, alpha=0.35 if window else 1)
+    if window:
+        axes.plot(steps, _running_mean(values, window), color=COLOUR, linewidth=1.6, label=f"mean of {window} steps")
     if resumed_from_step:
         axes.axvline(resumed_from_step, color="#999999", linestyle=":", label=f"resumed from step {resumed_from_step}")
+    if window or resumed_from_step:
         axes.legend(frameon=False)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
+    axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if label.startswith("throughput"):
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the `window` values around each, an odd number; of those that there are near the ends."""
+    sums, reach = [0.0, *itertools.accumulate(values)], window // 2
+    spans = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]

@@ -75,10 +75,12 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     defaults = {
         "data": "python-docs",
         "seq": min(256 if on_cpu else 4096, longest),
-        "global_batch": 4 if on_cpu else 128,
+        "global_batch": 8 if on_cpu else 128,
         "precision": "fp32" if on_cpu else "bf16",
         "gpus": 1 if on_cpu else None,
-        "steps": 24 if smoke else None,
+        "async_save": not on_cpu,
+        "steps": 10 if smoke else None,
+        "val_batches": 4 if on_cpu else 8,
         "out": f"runs/{name}-{keys['size']}",
     }
     keys.update({k: v for k, v in defaults.items() if keys[k] is None})
@@ -96,7 +98,7 @@ def finish(keys: dict[str, Any]) -> dict[str, Any]:
     defaults = {
         "warmup": min(max(1, round(0.03 * steps)), steps - 1),
         "min_lr": keys["lr"] / 10,
-        "every": max(1, min(500, steps // 10)) if steps > 100 else max(1, steps // 2),
+        "every": min(500, steps // 10) if steps > 100 else steps // 2 if steps > 20 else steps,
         "val_every": max(1, steps // 10) if steps > 100 else max(1, steps // 2),
     }
     return {**keys, **{k: v for k, v in defaults.items() if keys[k] is None}}

@@ -49,11 +49,11 @@ class TrainKeys:
     seq: Optional[int] = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
     workers: Optional[int] = key(None, "processes that tokenise", auto="one a core")
 
-    steps: Optional[int] = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 24 for smoke on a CPU",
+    steps: Optional[int] = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 10 for smoke on a CPU",
                                group="training")  # fmt: skip
     micro_batch: Optional[int] = key(None, "sequences a device processes at once", path="data.micro_batch_size", auto="planned")
     global_batch: Optional[int] = key(
-        None, "sequences a step, over all devices and accumulation", path="data.global_batch_size", auto="128 on a GPU, 4 on a CPU"
+        None, "sequences a step, over all devices and accumulation", path="data.global_batch_size", auto="128 on a GPU, 8 on a CPU"
     )
     seed: int = key(1234, "seed of the data order, initialisation and dropout", path="data.seed")
     precision: Optional[str] = key(None, "arithmetic", choices=("bf16", "fp16", "fp32", "fp8"), auto="bf16 on a GPU, fp32 on a CPU")
@@ -91,11 +91,15 @@ class TrainKeys:
     gpu_memory: Optional[float] = key(None, "memory of a device to plan for", unit="GiB", auto="what the machine has")
 
     out: Optional[str] = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
-    every: Optional[int] = key(None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 500")
+    every: Optional[int] = key(None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 500; the end of a short run")
     keep: int = key(2, "checkpoints kept, newest first; 0 saves none")
-    async_save: bool = key(True, "write checkpoints while training goes on", path="trainer.strategy.ckpt_async_save")
+    async_save: Optional[bool] = key(None, "write checkpoints while training goes on", path="trainer.strategy.ckpt_async_save",
+                                     auto="on with CUDA; on a CPU it takes as long and more memory")  # fmt: skip
     val_every: Optional[int] = key(None, "steps between evaluations on held-out text", unit="steps", auto="a tenth of the run")
-    val_batches: int = key(8, "global batches of held-out text an evaluation reads; 0 evaluates nothing", path="data.val_batches")
+    val_batches: Optional[int] = key(
+        None, "global batches of held-out text an evaluation reads; 0 evaluates nothing", path="data.val_batches",
+        auto="8 on a GPU, 4 on a CPU",
+    )  # fmt: skip
     tensorboard: bool = key(True, "write TensorBoard event files")
     wandb: Optional[str] = key(None, "Weights & Biases project to log to", auto="none")
 

@@ -75,6 +75,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
         gradient_as_bucket_view=True,
         ckpt_async_save=keys["async_save"],
         ckpt_optim_fully_reshardable=True,  # loads at any other TP, PP and DP
+        distrib_optim_fully_reshardable_mem_efficient=True,  # else every process holds all of a stage's states on the host
         replace_progress_bar=False,
     )
     callbacks = [

@@ -33,8 +33,11 @@ def activate() -> bool:
         return _active
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallel overlap needs one hardware queue
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import numpy
     import torch
 
+    if not hasattr(numpy, "product"):
+        numpy.product = numpy.prod  # numpy 2 dropped the name; Megatron-Core 0.15.3 saves the checkpoints of several ranks with it
     if torch.cuda.is_available():
         _skip_managed_memory_build()
         _active = False

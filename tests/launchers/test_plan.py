@@ -206,7 +206,8 @@ def test_what_does_not_fit_is_refused_with_what_does():
     assert plan(LLAMA_8B, adapters).memory.total < L40
     with pytest.raises(UserError, match="nearest that works: nodes=1 gpus=2"):
         plan(LLAMA_8B, gpu(gpus=1, global_batch=8))
-    with pytest.raises(UserError, match="nearest that works: nodes=2 gpus=8"):
+    # On two nodes the tensors take 75.8 GiB, and context and NCCL more than the 3.3 that are left.
+    with pytest.raises(UserError, match="nearest that works: nodes=4 gpus=8"):
         plan(LLAMA_70B, gpu())
     with pytest.raises(UserError, match=r"tp=1 pp=1 cp=1 need 10.* nearest that works: tp=1 pp=1 cp=1 recompute=full"):
         plan(LLAMA_8B, gpu(tp=1, pp=1, cp=1, recompute="none"))

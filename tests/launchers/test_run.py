@@ -5,6 +5,7 @@ Start-up is most of a run's time, so the runs that do not depend on each other g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -88,6 +89,11 @@ def saved(step: int):
     return lambda out: (out / "checkpoints" / f"step-{step:06d}").is_dir()
 
 
+def starting(out: Path) -> bool:
+    """True from when the processes of a start are made until they train."""
+    return (run_folder.read_status(out) or {}).get("phase") == "starting"
+
+
 def figures(out: Path) -> dict:
     """What metrics.jsonl says of the mathematics, by kind and step. Every step is there once and in order."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -118,15 +124,12 @@ def runs(small, tmp_path_factory):
         return [Command(small, *keys, f"out={folder / 'whole'}").end()]
 
     def killed_while_saving():
-        """The launcher is killed while a checkpoint is half-written; what it left goes on, in one process and in two."""
+        """The launcher is killed while a checkpoint is half-written; what it left goes on at another layout."""
         out = folder / "killed"
-        first = Command(small, *keys, f"out={out}", "gpus=2", "tp=2", "async_save=true").when(writing(8)).signal(signal.SIGKILL).end()
+        first = Command(small, *keys, f"out={out}", "async_save=false").when(writing(8)).signal(signal.SIGKILL).end()
         left = sorted(path.name for path in (out / "checkpoints").iterdir())
-        shutil.copytree(out, folder / "again")
-        config = folder / "again" / "config.yaml"
-        config.write_text(config.read_text().replace(str(out), str(folder / "again")))
         yield SimpleNamespace(**vars(first), left=left)
-        yield Command(small, *keys, f"out={out}", "gpus=2", "tp=1", "pp=2").end()
+        yield Command(small, *keys, f"out={out}", "gpus=2", "tp=2").end()
 
     def stopped():
         """Stopped by a signal, gone on with by the same command, with a stop before the first step in between."""
@@ -134,7 +137,7 @@ def runs(small, tmp_path_factory):
         one = ("config=" + str(folder / "given.yaml"), f"out={out}")
         (folder / "given.yaml").write_text("\n".join(key.replace("=", ": ", 1) for key in (*small.keys, *keys)))
         yield Command(small, *one).when(at_step(1)).signal(signal.SIGTERM).end()
-        yield Command(small, *one).when(lambda out: (out / "logs/torchrun.log").exists()).signal(signal.SIGINT).end()
+        yield Command(small, *one).when(starting).signal(signal.SIGINT).end()
         yield Command(small, *one).end()
 
     def dead_rank():
@@ -154,7 +157,30 @@ def runs(small, tmp_path_factory):
         time.sleep(0.3)
         return [command.signal(signal.SIGTERM).end()]
 
-    scenarios = (killed_while_saving, stopped, whole, dead_rank, not_a_number, twice)
+    def full_disk():
+        """A file system of 40 MB fills up behind the first checkpoint, and is made space on."""
+        disk = folder / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True, text=True)
+        if mounted.returncode:
+            return [mounted.stderr.strip()]
+        try:
+            keys = ("steps=100000", "every=40", f"out={disk / 'run'}", "async_save=true")
+            command = Command(small, *keys).when(saved(40))
+            with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
+                while ballast.write(bytes(100_000)):
+                    pass
+            full = command.end()
+            newest = run_folder.newest_checkpoint(disk / "run" / "checkpoints")
+            (disk / "ballast").unlink()
+            again = Command(small, *keys).when(saved(newest[0] + 40)).signal(signal.SIGTERM).end()
+            shutil.copytree(disk / "run", folder / "filled")
+            again.out = folder / "filled"
+            return [full, newest, again]
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+
+    scenarios = (stopped, killed_while_saving, full_disk, whole, dead_rank, not_a_number, twice)
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip((s.__name__ for s in scenarios), pool.map(lambda scenario: list(scenario()), scenarios), strict=True))
     return SimpleNamespace(folder=folder, **results)
@@ -211,27 +237,12 @@ def test_a_second_signal_kills(runs):
     assert "the same command continues from the start" in result.output
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 40 MB."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(tmp_path)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def test_a_disk_that_fills_while_training(small, small_disk):
+def test_a_disk_that_fills_while_training(runs):
     """The checkpoints before it stay, and the run goes on when there is space again."""
-    keys = ("steps=100000", "every=40", f"out={small_disk / 'run'}", "async_save=true")
-    command = Command(small, *keys).when(saved(40))
-    with open(small_disk / "ballast", "wb") as ballast:
-        ballast.write(bytes(shutil.disk_usage(small_disk).free - 300_000))
-    result = command.end()
-    assert result.code == 1 and result.orphans == []
-    assert re.fullmatch(r"error: the disk is full: \S+: make space, the same command continues.*\n", result.error)
-    step, _ = run_folder.newest_checkpoint(small_disk / "run" / "checkpoints")
-    (small_disk / "ballast").unlink()
-    result = Command(small, *keys).when(saved(step + 40)).signal(signal.SIGTERM).end()
-    assert result.code == 128 + signal.SIGTERM and f"from step {step}" in result.output
-    figures(small_disk / "run")
+    if isinstance(runs.full_disk[0], str):
+        pytest.skip(f"a small file system needs the right to mount one: {runs.full_disk[0]}")
+    full, (step, _), again = runs.full_disk
+    assert full.code == 1 and full.orphans == []
+    assert re.fullmatch(r"error: the disk is full: \S+: make space, the same command continues.*\n", full.error)
+    assert again.code == 128 + signal.SIGTERM and f"from step {step}" in again.output
+    figures(again.out)

@@ -74,7 +74,7 @@ def test_what_a_key_says_wrong(command, arguments, says):
 def test_layouts_that_do_not_divide(command):
     refused(command("gpus=2", "tp=2", "heads=3", "kv_heads=3", "hidden=96"), "3", "tp")
     refused(command("gpus=2", "pp=2", "layers=3"), "3", "pp")
-    refused(command("global_batch=3", "gpus=2", "tp=1"), "global_batch")
+    refused(command("global_batch=3", "gpus=2", "tp=1", "pp=1"), "global_batch")
     refused(command("gpus=2", "tp=3"), "tp=3")
     assert not Path("runs").exists()
 

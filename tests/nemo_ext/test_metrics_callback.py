@@ -236,7 +236,7 @@ def test_failure_before_training(tmp_path):
     run = Run(tmp_path)
     run.callback.on_exception(run.trainer, None, FileNotFoundError("no such checkpoint\nat all"))
     status = run_folder.read_status(tmp_path)
-    assert (status["phase"], status["message"]) == ("failed", "no such checkpoint")
+    assert (status["phase"], status["message"]) == ("failed", "FileNotFoundError: no such checkpoint")
 
 
 def test_tensorboard_has_the_same_figures(tmp_path):

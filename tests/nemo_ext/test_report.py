@@ -69,8 +69,8 @@ def test_markdown_and_plots(run_dir):
     text = (run_dir / "summary.md").read_text()
     assert "| held-out loss (nats per token) | 3.0000 | 2.0000 |" in text
     assert "| held-out perplexity | 20.09 | 7.39 |" in text
-    assert "TP 2 x PP 1" in text and "56,789 tokens for training, 1,234 held out" in text and "134.5 M parameters" in text
-    assert "160 tokens/s, 0.16 TFLOP/s per process, 1.60 GiB peak (2.00 planned)" in text
+    assert "TP 2, PP 1" in text and "56,789 tokens for training, 1,234 held out" in text and "134.5 M parameters" in text
+    assert "160 tokens/s, 0.16 TFLOP/s a device, 1.60 GiB peak (2.00 planned)" in text
     assert "[config.yaml](config.yaml)" in text and "[logs](logs)" not in text  # only what exists
     for name in ("loss", "val_loss", "lr", "grad_norm", "throughput"):
         assert f"](plots/{name}.png)" in text
@@ -83,8 +83,8 @@ def test_terminal_lines(run_dir):
     assert lines[0] == "held-out     loss 3.0000 -> 2.0000, perplexity 20.09 -> 7.39"
     assert lines[1] == "training     loss 3.0000 -> 2.5000"
     assert lines[2] == "steps        6 (384 tokens) in 2:05"
-    assert lines[3] == "speed        160 tokens/s, 0.16 TFLOP/s per process, 1.60 GiB peak"
-    assert lines[4] == "layout       TP 1 x DP 2"
+    assert lines[3] == "speed        160 tokens/s, 0.16 TFLOP/s a device, 1.60 GiB peak"
+    assert lines[4] == "layout       TP 1, DP 2"
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 1'])
@@ -134,15 +134,34 @@ def test_duration(seconds, text):
 @pytest.mark.parametrize(
     ("layout", "text"),
     [
-        ({"tp": 2, "pp": 1, "vp": None, "cp": 1, "dp": 4}, "TP 2 x PP 1 x DP 4"),
+        ({"tp": 2, "pp": 1, "vp": None, "cp": 1, "dp": 4}, "TP 2, PP 1, DP 4"),
         (
             {"tp": 2, "pp": 4, "vp": 2, "cp": 2, "dp": 1, "sequence_parallel": True, "micro_batch": 1, "num_microbatches": 8},
-            "TP 2 x PP 4 x VP 2 x CP 2 x DP 1, sequence parallel, micro-batches of 1 x 8",
+            "TP 2, PP 4, VP 2, CP 2, DP 1, sequence parallel",
         ),
-        ({"tp": 1, "pp": 1, "dp": 1, "sequence_parallel": False, "recompute": "none"}, "TP 1 x PP 1 x DP 1"),
-        ({"tp": 1, "pp": 1, "dp": 1, "recompute": "full"}, "TP 1 x PP 1 x DP 1, full recomputation"),
+        ({"tp": 1, "pp": 1, "dp": 1, "sequence_parallel": False, "recompute": "none"}, "TP 1, PP 1, DP 1"),
+        ({"tp": 1, "pp": 1, "dp": 1, "recompute": "full"}, "TP 1, PP 1, DP 1, full recomputation"),
         ("data parallel", "data parallel"),
     ],
 )
 def test_layout_text(layout, text):
     assert report.layout_text(layout) == text
+
+
+def test_batch_text():
+    assert report.batch_text({"micro_batch": 1, "num_microbatches": 8}) == "8 micro-batches of 1 sequence"
+    assert report.batch_text({"micro_batch": 4, "num_microbatches": 1}) == "1 micro-batch of 4 sequences"
+
+
+@pytest.mark.parametrize(("tflops", "text"), [(412.3, "412 T"), (1.5, "1.5 T"), (0.1, "0.1 T"), (0.0347, "34.7 G")])
+def test_flops_text(tflops, text):
+    assert report.flops_text(tflops) == f"{text}FLOP/s"
+
+
+@pytest.mark.parametrize(("count", "text"), [(8.03e9, "8.03 B"), (134_515_008, "134.5 M")])
+def test_count_text(count, text):
+    assert report.count_text(count) == text
+
+
+def test_running_mean():
+    assert report._running_mean([1.0, 2.0, 6.0, 3.0, 8.0], 3) == pytest.approx([1.5, 3, 11 / 3, 17 / 3, 5.5])

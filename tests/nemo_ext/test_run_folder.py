@@ -94,3 +94,51 @@ def test_json_has_no_nan(tmp_path):
     value = {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": -float("inf"), "e": "x"}}
     run_folder.write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": None, "e": "x"}}
+
+
+def test_the_first_failure_is_the_one_that_is_told(tmp_path):
+    run_folder.write_status(tmp_path, "starting", 0, 10)
+    run_folder.write_failure(tmp_path, "the disk is full", 1, step=3)
+    run_folder.write_failure(tmp_path, "a rank is gone", 2)
+    status = run_folder.read_status(tmp_path)
+    assert (status["phase"], status["message"], status["exit_code"], status["step"]) == ("failed", "the disk is full", 1, 3)
+
+
+def checkpoint(folder, step: int):
+    path = folder / f"step-{step:06d}"
+    (path / "weights").mkdir(parents=True)
+    (path / "weights" / "part").write_bytes(b"x" * step)
+    run_folder.write_manifest(path)
+    return path
+
+
+def test_checkpoints_by_step_without_what_is_partial_or_damaged(tmp_path):
+    for step in (200, 1_000_000, 30):
+        checkpoint(tmp_path, step)
+    (tmp_path / "step-000300.partial").mkdir()
+    (tmp_path / "step-000400.damaged").mkdir()
+    assert [step for step, _ in run_folder.checkpoints(tmp_path)] == [30, 200, 1_000_000]
+    assert run_folder.newest_checkpoint(tmp_path) == (1_000_000, tmp_path / "step-1000000")
+    assert run_folder.newest_checkpoint(tmp_path / "nowhere") is None
+    run_folder.clear_partial(tmp_path)
+    assert not (tmp_path / "step-000300.partial").exists() and (tmp_path / "step-000400.damaged").exists()
+
+
+def test_damage_is_found_by_size(tmp_path):
+    path = checkpoint(tmp_path, 8)
+    assert run_folder.damage(path) is None
+    (path / "weights" / "part").write_bytes(b"1234")
+    assert run_folder.damage(path) == "weights/part has 4 bytes and not 8"
+    (path / "weights" / "part").unlink()
+    assert run_folder.damage(path) == "weights/part: No such file or directory"
+    (path / run_folder.MANIFEST).write_text("{")
+    assert run_folder.damage(path) == "files.json is not readable"
+    (path / run_folder.MANIFEST).unlink()  # of an earlier version: nothing is known
+    assert run_folder.damage(path) is None
+
+
+def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path, 8)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda folder: (folder / "weights" / "part").unlink())  # and no further
+    run_folder.remove_checkpoint(path)
+    assert run_folder.checkpoints(tmp_path) == [] and (tmp_path / "step-000008.partial").exists()
