@@ -1,6 +1,6 @@
 """The stock NeMo 2 recipe at given shapes on mock data, timed: the reference of benchmarks/train_gpu.py. Run by torchrun.
 
-    torchrun --nproc-per-node=2 benchmarks/stock_nemo.py '{"recipe": "llama3_8b", "seq": 8192, ...}' OUT.json
+torchrun --nproc-per-node=2 benchmarks/stock_nemo.py '{"recipe": "llama3_8b", "seq": 8192, ...}' OUT.json
 """
 
 from __future__ import annotations

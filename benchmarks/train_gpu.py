@@ -2,11 +2,11 @@
 
     python benchmarks/train_gpu.py case=1b-bf16 case=1b-fp8 tokenizer=FOLDER out=benchmarks/results/train_gpu.json
 
-`steps=` (16) are run, step time is the median after the first `warm=` (5); `stock=false` leaves the stock recipe out. TFLOP/s a GPU
-are by `Architecture.flops_per_token` (causal attention at half, no recomputation), for both. Ours trains on the Python
-documentation, evaluates before and after, and writes its metrics; stock trains on mock tokens. Seconds to the first step count
-from the command. Memory is the largest of all ranks in GiB: allocated and reserved by torch's allocator, and, for ours, what else of the device
-is in use.
+`steps=` (16) are run, step time is the median of those after the first and `warm=` (5) more; `stock=false` leaves the stock
+recipe out. TFLOP/s a GPU are by `Architecture.flops_per_token` (causal attention at half, no recomputation), for both. Ours
+trains on the Python documentation, evaluates before and after, and writes its metrics; stock trains on mock tokens. Seconds to
+the first step count from the command. Memory is the largest of all ranks in GiB: allocated and reserved by torch's allocator,
+and, for ours, what else of the device is in use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES = {
     "1b-fp8": dict(_1B, precision="fp8"),
     "8b-tp2-bf16": dict(_8B, precision="bf16"),
     "8b-tp2-fp8": dict(_8B, precision="fp8"),
-    "8b-pp2-bf16": dict(_8B, tp=1, pp=2, precision="bf16"),
+    "8b-pp2-vp2-bf16": dict(_8B, tp=1, pp=2, vp=2, precision="bf16"),
     "8b-pp2-vp2-fp8": dict(_8B, tp=1, pp=2, vp=2, precision="fp8"),
 }
 
@@ -108,7 +108,8 @@ def main(arguments: list[str]) -> None:
     steps, warm, out = int(options["steps"]), int(options["warm"]), Path(options["out"])
     for name in [v for k, v in pairs if k == "case"]:
         case = CASES[name]
-        row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": _gpu(), "versions": _versions()}
+        row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": _gpu()}
+        row["versions"] = _versions()
         with tempfile.TemporaryDirectory() as folder:
             for side in (ours, stock) if options["stock"] == "true" else (ours,):
                 row[side.__name__] = figures(side(case, steps, options["tokenizer"], Path(folder)), case, warm)
@@ -123,8 +124,8 @@ def _save(out: Path, name: str, row: dict) -> None:
 
 
 def _short(result: dict) -> dict:
-    keys = ("step_seconds tokens_per_s_per_gpu tflops_per_gpu memory_gib reserved_gib outside_torch_gib planned_gib first_step_seconds "
-            "error log").split()  # fmt: skip
+    keys = ("step_seconds tokens_per_s_per_gpu tflops_per_gpu memory_gib reserved_gib outside_torch_gib planned_gib "
+            "first_step_seconds error log").split()  # fmt: skip
     return {k: round(result[k], 3) if isinstance(result[k], float) else result[k] for k in keys if k in result}
 
 

@@ -162,7 +162,10 @@ def help_lines(recipe: str, defaults: dict[str, Any]) -> list[str]:
         lines.append(f"  {name + '=':<23}{f.metadata['help']}{' (' + '; '.join(notes) + ')' if notes else ''}")
         lines.append(f"  {'':<23}default: {shown}")
     lines += ["", "launch"] + [f"  {name + '=':<23}{text}" for name, text in LAUNCH_KEYS.items() if name != "recipe"]
-    lines += ["", "Any other field of the recipe is a path: trainer.strategy.ckpt_parallel_save=false, model.config.hidden_dropout=0.1"]
+    lines += [
+        "",
+        "Any other field of the recipe is a path: trainer.strategy.ckpt_parallel_save=false, model.config.hidden_dropout=0.1",
+    ]
     return [line for line in lines if line is not None]
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK_REPORT = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)
 # Nobody but the kernel or a person sends these; torchrun ends the other ranks with SIGTERM.
 SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.Signals | None:
@@ -39,10 +39,14 @@ def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.S
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                "-m", "launchers.worker", str(run_dir)]  # fmt: skip
     with open(log, "w") as output, _forwarding() as stop:
-        stop.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                                        cwd=ROOT, start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+        streams = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        stop.process = subprocess.Popen(command, **streams, env=environment, cwd=ROOT, start_new_session=True,
+                                        preexec_fn=die_with_parent)  # fmt: skip
         stop.pass_on()
-        code = follow(run_dir, stop.process)
+        try:
+            code = follow(run_dir, stop.process)
+        except (OSError, SystemExit):  # the terminal or the pipe is gone (rich exits then); the run is not
+            code = stop.process.wait()
     status = run_folder.read_status(run_dir) or {}
     if code == 0:
         if status.get("phase") == "stopped":
@@ -65,7 +69,8 @@ class _Stop:
             self.kill()
             return
         self.received = signal.Signals(number)
-        os.write(2, f"{self.received.name}: ending after this step, once it is saved; a second signal kills\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{self.received.name}: ending after this step, once it is saved; a second signal kills\n".encode())
         self.pass_on()
 
     def pass_on(self) -> None:
@@ -89,7 +94,7 @@ class _Stop:
 def _forwarding() -> Iterator[_Stop]:
     """While open, signals that ask to end are handled by the `_Stop` it gives; whatever still runs at the end is killed."""
     stop = _Stop()
-    previous = {each: signal.signal(each, stop) for each in POLITE}
+    previous = {each: signal.signal(each, stop) for each in POLITE if signal.getsignal(each) != signal.SIG_IGN}  # nohup
     try:
         yield stop
     finally:
@@ -104,7 +109,8 @@ def _raise_cause(run_dir: Path, status: dict, log: Path) -> None:
     reports = _reports(log)
     for rank, code in reports:
         if -code in SUDDEN:
-            cause = f"rank {rank} was killed ({signal.Signals(-code).name}{'; out of memory?' if code == -signal.SIGKILL else ''})"
+            memory = "; out of memory?" if code == -signal.SIGKILL else ""
+            cause = f"rank {rank} was killed ({signal.Signals(-code).name}{memory})"
             raise RunError(f"{cause}; the same command continues from the newest checkpoint; {where}")
     if status.get("phase") == "failed" and status.get("message"):
         if status.get("exit_code") == UserError.exit_code:

@@ -14,8 +14,8 @@ from nemo_ext.architecture import Architecture
 
 GiB = 2**30
 
-# What a process takes beside the tensors counted here, none of it in `torch.cuda.max_memory_allocated`. Measured at the end of runs
-# on H100 and H200 (docs/plan.md), NCCL on two GPUs only; the allocator's gaps are an allowance. On a CPU all is measured.
+# What a process takes beside the tensors counted here, none of it in `torch.cuda.max_memory_allocated`. Measured at the end of
+# runs on H100 and H200 (docs/plan.md), NCCL on two GPUs only; the allocator's gaps are an allowance. On a CPU all is measured.
 CUDA_CONTEXT = 2.1 * GiB  # driver context, loaded kernels, cuBLAS and cuDNN handles, Transformer Engine's workspaces
 NCCL_BUFFERS = 1.6 * GiB  # communicators of the data, tensor and pipeline groups
 FRAGMENTATION = 0.03  # of activations and logits: reserved by the allocator, not in use

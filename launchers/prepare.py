@@ -80,8 +80,12 @@ def as_hf(checkpoint: Checkpoint) -> Path:
 
 def shape(checkpoint: Checkpoint) -> Architecture:
     """The checkpoint's architecture, from its configuration alone."""
-    if checkpoint.kind == "nemo":
-        return Architecture(**json.loads((checkpoint.path / "architecture.json").read_text()))
+    folder = checkpoint.path if checkpoint.kind == "nemo" else _converted(as_hf(checkpoint))
+    if (folder / "architecture.json").is_file():
+        try:
+            return Architecture(**json.loads((folder / "architecture.json").read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{folder}/architecture.json cannot be read: {error}") from None
     from conversion import families
     from conversion.hf_to_nemo import read_config
 
@@ -100,14 +104,20 @@ def weights(checkpoint: Checkpoint) -> Path:
     """The checkpoint in Megatron's distributed format; converted once, without building the model."""
     if checkpoint.kind == "nemo":
         return checkpoint.path
-    from conversion.hf_to_nemo import convert
-
     source = as_hf(checkpoint)
-    folder = cache_folder() / "nemo" / f"{source.name}-{_fingerprint(sorted(source.glob('*.safetensors*')) + [source / 'config.json'])}"
+    folder = _converted(source)
     if not folder.is_dir():
+        from conversion.hf_to_nemo import convert
+
         with bar(f"converting {source.name} for Megatron") as progress:
             convert(source, folder, progress=progress)
     return folder
+
+
+def _converted(source: Path) -> Path:
+    """Where the converted weights of a Hugging Face folder lie, or will."""
+    files = [file for file in (*sorted(source.glob("*.safetensors*")), source / "config.json") if file.is_file()]
+    return cache_folder() / "nemo" / f"{source.name}-{_fingerprint(files)}"
 
 
 def check_tokenizer(folder: Path, architecture: Architecture) -> None:
@@ -117,8 +127,8 @@ def check_tokenizer(folder: Path, architecture: Architecture) -> None:
     tokenizer = Encoder(folder)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
-            f"tokenizer={folder} has ids up to {tokenizer.vocab_size - 1:,}, the model embeds {architecture.vocab_size:,} tokens: "
-            "give the model's own tokenizer"
+            f"tokenizer={folder} has ids up to {tokenizer.vocab_size - 1:,}, the model embeds {architecture.vocab_size:,} "
+            "tokens: give the model's own tokenizer"
         )
     tokenizer.eod  # noqa: B018  (refused here, not after minutes of other preparation)
 

@@ -154,7 +154,8 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
         stopped = local.run(run_dir, keys["gpus"], threads=max(1, machine.cpu_count // keys["gpus"]), max_steps=keys["steps"])
         if stopped:
             at = _newest_checkpoint(run_dir)
-            print(f"stopped by {stopped.name}; the same command continues {f'from step {at[0]}, {at[1]}' if at else 'from the start'}")
+            place = f"from step {at[0]}, {at[1]}" if at else "from the start"
+            print(f"stopped by {stopped.name}; the same command continues {place}")
             return 128 + stopped
     else:  # killed between its last checkpoint and its summary
         started_at = (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0)
@@ -191,7 +192,8 @@ def _check_machine(keys: dict[str, Any], machine) -> None:
         raise UserError(f"nodes={keys['nodes']}: executor=local runs on one machine")
     available = len(machine.gpus) if keys["device"] == "gpu" else max(2, machine.cpu_count)
     if keys["gpus"] > available:
-        what = f"{available} GPU{'s' if available > 1 else ''}" if keys["device"] == "gpu" else f"room for {available} CPU processes"
+        gpus = f"{available} GPU{'s' if available > 1 else ''}"
+        what = gpus if keys["device"] == "gpu" else f"room for {available} CPU processes"
         raise UserError(f"gpus={keys['gpus']}: this machine has {what}")
 
 
@@ -218,12 +220,14 @@ def _starting_point(recipe: str, method, family: str, keys: dict[str, Any], plan
     if planning:
         return None, size.architecture
     if not size.hub:
-        raise UserError(f"{recipe} size={keys['size']} has no published weights: give model=hf:FOLDER, or use recipe=pretrain_{family}")
+        advice = f"give model=hf:FOLDER, or use recipe=pretrain_{family}"
+        raise UserError(f"{recipe} size={keys['size']} has no published weights: {advice}")
     try:
         checkpoint = prepare.find(size.hub if size.hub == models.EMBEDDED else f"hf:{size.hub}")
     except UserError:
         raise UserError(
-            f"{size.hub} is not in Hugging Face's local cache: give model=hf:FOLDER, or start from random weights with recipe=pretrain_{family}"
+            f"{size.hub} is not in Hugging Face's local cache: give model=hf:FOLDER, or start from random weights with "
+            f"recipe=pretrain_{family}"
         ) from None
     return checkpoint, prepare.shape(checkpoint)
 
@@ -254,8 +258,8 @@ def _request(keys: dict[str, Any], machine):
         memory = min(gpu.memory_bytes for gpu in machine.gpus)
     else:
         raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
-    wanted = {name: keys[name] for name in ("nodes", "gpus", "seq", "global_batch", "micro_batch", "tp", "pp", "vp", "cp", "precision",
-                                            "recompute", "distributed_optimizer", "device")}  # fmt: skip
+    names = "nodes gpus seq global_batch micro_batch tp pp vp cp precision recompute distributed_optimizer device"
+    wanted = {name: keys[name] for name in names.split()}
     return Request(**wanted, gpu_memory=memory, sequence_parallel=keys["sp"], cross_entropy="te")
 
 
@@ -291,7 +295,8 @@ def _absolute(keys: dict[str, Any]) -> dict[str, Any]:
         path, separator, weight = text.rpartition(":")
         if separator and Path(path).expanduser().exists():
             return f"{Path(path).expanduser().absolute()}:{weight}"
-        return str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() or any(c in text for c in "*?/") else text
+        whole = Path(text).expanduser()
+        return str(whole.absolute()) if whole.exists() or any(c in text for c in "*?/") else text
 
     changed = dict(keys)
     for name in ("model", "tokenizer"):
@@ -379,8 +384,8 @@ def _check_disk(run_dir: Path, planned, keys: dict[str, Any]) -> None:
     need, free = bytes_each * count, free_bytes(run_dir)
     if need > free:
         raise UserError(
-            f"out={run_dir}: checkpoints need {need / GIB:.1f} GiB (keep={keys['keep']} and one being written), {free / GIB:.1f} GiB "
-            "are free: make space, lower keep= or give another out="
+            f"out={run_dir}: checkpoints need {need / GIB:.1f} GiB (keep={keys['keep']} and one being written), "
+            f"{free / GIB:.1f} GiB are free: make space, lower keep= or give another out="
         )
 
 

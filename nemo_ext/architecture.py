@@ -67,7 +67,9 @@ class Architecture:
         if not self.kv_channels:
             object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.num_query_groups}")
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.num_query_groups}"
+            )
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if isinstance(self.sliding_window, dict):

@@ -25,8 +25,8 @@ FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 WRITER_WORDS = ("inline_container.cc", "PytorchStreamWriter", "file write failed")  # what torch.save says, whatever the cause
 ALMOST_NOTHING = 16 << 20  # bytes
 # What gloo and NCCL say on the ranks that live when another one has died.
-LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited",
-              "Timed out waiting", "ncclRemoteError", "ncclSystemError")  # fmt: skip
+LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused",
+              "remote process exited", "Timed out waiting", "ncclRemoteError", "ncclSystemError")  # fmt: skip
 
 
 def explain(error: BaseException, folder: str | Path) -> str:

@@ -54,7 +54,10 @@ class WarmupSchedule(LRSchedulerModule):
                 floor=self.min_lr / self.lr if self.lr else 0.0, decay_fraction=self.decay_fraction,
             )  # fmt: skip
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1},
+        }
 
 
 def depth_of(name: str, layer_offset: int, num_layers: int, tied: bool) -> int:

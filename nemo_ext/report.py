@@ -193,8 +193,9 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
             speed += f", {summary['memory']:.2f} GiB peak{planned}"
         rows.append(("speed", speed))
     if summary["layout"]:
-        batch = f"; {batch_text(summary['layout'])}" if isinstance(summary["layout"], dict) and summary["layout"].get("micro_batch") else ""
-        rows.append(("layout", layout_text(summary["layout"]) + batch))
+        layout = summary["layout"]
+        batch = f"; {batch_text(layout)}" if isinstance(layout, dict) and layout.get("micro_batch") else ""
+        rows.append(("layout", layout_text(layout) + batch))
     return rows
 
 
@@ -257,7 +258,7 @@ def _plot(points: Sequence[tuple[int, float]], label: str, resumed_from_step: in
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps, values = zip(*points)
+    steps, values = zip(*points, strict=True)
     noisy = label != PLOTS["lr"] and not markers
     window = len(points) // 25 | 1 if noisy and len(points) >= SMOOTHED else 0
     few = markers or len(points) < 3

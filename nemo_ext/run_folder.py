@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -89,7 +90,9 @@ def read_status(run_dir: str | os.PathLike) -> dict | None:
     return read_json(Path(run_dir) / STATUS)
 
 
-def write_failure(run_dir: str | os.PathLike, message: str, exit_code: int = 1, step: int = 0, max_steps: int = 0, **more: Any) -> None:
+def write_failure(
+    run_dir: str | os.PathLike, message: str, exit_code: int = 1, step: int = 0, max_steps: int = 0, **more: Any
+) -> None:
     """Say in status.json that this start of the run failed, unless another rank has said so before: the first one knows why."""
     if (read_status(run_dir) or {}).get("phase") != "failed":
         write_status(run_dir, "failed", step, max_steps, message, exit_code=exit_code, **more)

@@ -69,7 +69,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     keys.update({k: v for k, v in given.items() if v is not None})
     keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
     on_cpu = keys["device"] == "cpu"
-    keys["size"] = keys["size"] or (("smoke" if on_cpu and not keys["model"] else FAMILIES[family].default_size))
+    keys["size"] = keys["size"] or ("smoke" if on_cpu and not keys["model"] else FAMILIES[family].default_size)
     smoke = on_cpu and keys["size"] == "smoke"
     longest = models.size(family, keys["size"]).architecture.max_position_embeddings
     defaults = {
@@ -156,8 +156,8 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 
 
 def _positive(keys: dict[str, Any]) -> None:
-    for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp cp "
-                 "gpu_memory every val_every eps layer_decay").split():  # fmt: skip
+    for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp "
+                 "cp gpu_memory every val_every eps layer_decay").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
     for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches"):

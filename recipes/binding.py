@@ -17,7 +17,9 @@ from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.run_folder import CHECKPOINTS, LOGS
 
 
-def bind(recipe: run.Partial, *, run_dir: str, tokenizer: str, blend: list, weights: str | None, checkpoint: str | None) -> run.Partial:
+def bind(
+    recipe: run.Partial, *, run_dir: str, tokenizer: str, blend: list, weights: str | None, checkpoint: str | None
+) -> run.Partial:
     """See `recipes.bind`."""
     folder = Path(run_dir)
     loaded = run.Config(AutoTokenizer, tokenizer)

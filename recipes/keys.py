@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 
 def key(default: Any, help: str, *, unit: str = "", path: str = "", choices: tuple = (), auto: str = "", group: str = "") -> Any:
@@ -22,20 +22,22 @@ def key(default: Any, help: str, *, unit: str = "", path: str = "", choices: tup
 class TrainKeys:
     """Every key of `pretrain_*` and `cpt_*`, in the order `--help` shows them."""
 
-    size: Optional[str] = key(None, "size of the model family", auto="the family's default; smoke without CUDA", group="model")
-    model: Optional[str] = key(
+    size: str | None = key(None, "size of the model family", auto="the family's default; smoke without CUDA", group="model")
+    model: str | None = key(
         None, "checkpoint to start from: hf:FOLDER, hf:NAME in the local cache, nemo:FOLDER, gguf:FILE", auto="the size's own"
     )
-    tokenizer: Optional[str] = key(None, "folder of a Hugging Face tokenizer", auto="the model's")
-    layers: Optional[int] = key(None, "layers of a custom model", path="model.config.num_layers", auto="the size's")
-    hidden: Optional[int] = key(None, "width of a custom model", path="model.config.hidden_size", auto="the size's")
-    ffn: Optional[int] = key(None, "width of a custom model's MLP", path="model.config.ffn_hidden_size", auto="the size's")
-    heads: Optional[int] = key(None, "attention heads of a custom model", path="model.config.num_attention_heads", auto="the size's")
-    kv_heads: Optional[int] = key(
+    tokenizer: str | None = key(None, "folder of a Hugging Face tokenizer", auto="the model's")
+    layers: int | None = key(None, "layers of a custom model", path="model.config.num_layers", auto="the size's")
+    hidden: int | None = key(None, "width of a custom model", path="model.config.hidden_size", auto="the size's")
+    ffn: int | None = key(None, "width of a custom model's MLP", path="model.config.ffn_hidden_size", auto="the size's")
+    heads: int | None = key(None, "attention heads of a custom model", path="model.config.num_attention_heads", auto="the size's")
+    kv_heads: int | None = key(
         None, "key and value heads of a custom model", path="model.config.num_query_groups", auto="the size's, or heads"
     )
-    vocab: Optional[int] = key(None, "vocabulary of a custom model", path="model.config.vocab_size", unit="tokens", auto="the size's")
-    tied: Optional[bool] = key(
+    vocab: int | None = key(
+        None, "vocabulary of a custom model", path="model.config.vocab_size", unit="tokens", auto="the size's"
+    )
+    tied: bool | None = key(
         None, "share input and output embeddings in a custom model", path="model.config.share_embeddings_and_output_weights",
         auto="the size's",
     )  # fmt: skip
@@ -46,24 +48,27 @@ class TrainKeys:
     )  # fmt: skip
     text_key: str = key("text", "column or field that holds the text")
     heldout: float = key(0.02, "share of the documents kept out of training for evaluation")
-    seq: Optional[int] = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
-    workers: Optional[int] = key(None, "processes that tokenise", auto="one a core")
+    seq: int | None = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
+    workers: int | None = key(None, "processes that tokenise", auto="one a core")
 
-    steps: Optional[int] = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 10 for smoke on a CPU",
+    steps: int | None = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 10 for smoke on CPUs",
                                group="training")  # fmt: skip
-    micro_batch: Optional[int] = key(None, "sequences a device processes at once", path="data.micro_batch_size", auto="planned")
-    global_batch: Optional[int] = key(
-        None, "sequences a step, over all devices and accumulation", path="data.global_batch_size", auto="128 on a GPU, 8 on a CPU"
+    micro_batch: int | None = key(None, "sequences a device processes at once", path="data.micro_batch_size", auto="planned")
+    global_batch: int | None = key(
+        None,
+        "sequences a step, over all devices and accumulation",
+        path="data.global_batch_size",
+        auto="128 on a GPU, 8 on a CPU",
     )
     seed: int = key(1234, "seed of the data order, initialisation and dropout", path="data.seed")
-    precision: Optional[str] = key(None, "arithmetic", choices=("bf16", "fp16", "fp32", "fp8"), auto="bf16 on a GPU, fp32 on a CPU")
+    precision: str | None = key(None, "arithmetic", choices=("bf16", "fp16", "fp32", "fp8"), auto="bf16 on a GPU, fp32 on a CPU")
     fp8_recipe: str = key("delayed", "scaling of precision=fp8", choices=("delayed", "tensorwise", "blockwise"))
 
     lr: float = key(2e-5, "peak learning rate", path="optim.config.lr", group="optimizer")
-    min_lr: Optional[float] = key(None, "learning rate at the end", path="optim.lr_scheduler.min_lr", auto="a tenth of lr")
+    min_lr: float | None = key(None, "learning rate at the end", path="optim.lr_scheduler.min_lr", auto="a tenth of lr")
     schedule: str = key("cosine", "learning rate after warm-up", choices=("cosine", "wsd", "linear", "constant"),
                         path="optim.lr_scheduler.schedule")  # fmt: skip
-    warmup: Optional[int] = key(None, "warm-up", unit="steps", path="optim.lr_scheduler.warmup_steps", auto="3 % of the steps")
+    warmup: int | None = key(None, "warm-up", unit="steps", path="optim.lr_scheduler.warmup_steps", auto="3 % of the steps")
     decay: float = key(0.2, "share of the steps in which schedule=wsd falls", path="optim.lr_scheduler.decay_fraction")
     weight_decay: float = key(0.1, "decoupled weight decay; norms and biases have none", path="optim.config.weight_decay")
     beta1: float = key(0.9, "Adam's first-moment decay", path="optim.config.adam_beta1")
@@ -74,37 +79,39 @@ class TrainKeys:
                              path="optim.layer_decay")  # fmt: skip
 
     nodes: int = key(1, "machines", path="trainer.num_nodes", group="parallelism")
-    gpus: Optional[int] = key(None, "GPUs a machine; CPU processes without CUDA", path="trainer.devices", auto="all; 1 without CUDA")
-    tp: Optional[int] = key(None, "tensor parallel size", path="trainer.strategy.tensor_model_parallel_size", auto="planned")
-    pp: Optional[int] = key(None, "pipeline parallel size", path="trainer.strategy.pipeline_model_parallel_size", auto="planned")
-    vp: Optional[int] = key(
+    gpus: int | None = key(None, "GPUs a machine; CPU processes without CUDA", path="trainer.devices", auto="all; 1 without CUDA")
+    tp: int | None = key(None, "tensor parallel size", path="trainer.strategy.tensor_model_parallel_size", auto="planned")
+    pp: int | None = key(None, "pipeline parallel size", path="trainer.strategy.pipeline_model_parallel_size", auto="planned")
+    vp: int | None = key(
         None, "virtual pipeline stages a device", path="trainer.strategy.virtual_pipeline_model_parallel_size", auto="planned"
     )
-    cp: Optional[int] = key(None, "context parallel size", path="trainer.strategy.context_parallel_size", auto="planned")
-    sp: Optional[bool] = key(None, "sequence parallelism", path="trainer.strategy.sequence_parallel", auto="on with tp above 1")
+    cp: int | None = key(None, "context parallel size", path="trainer.strategy.context_parallel_size", auto="planned")
+    sp: bool | None = key(None, "sequence parallelism", path="trainer.strategy.sequence_parallel", auto="on with tp above 1")
     recompute: str = key("auto", "activation recomputation", choices=("auto", "none", "selective", "full"))
     distributed_optimizer: bool = key(True, "shard optimizer states over data-parallel ranks",
                                       path="trainer.strategy.ddp.use_distributed_optimizer")  # fmt: skip
     overlap: bool = key(True, "overlap gradient and parameter communication with computation",
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
-    device: Optional[str] = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
-    gpu_memory: Optional[float] = key(None, "memory of a device to plan for", unit="GiB", auto="what the machine has")
+    device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
+    gpu_memory: float | None = key(None, "memory of a device to plan for", unit="GiB", auto="what the machine has")
 
-    out: Optional[str] = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
-    every: Optional[int] = key(None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 500; the end of a short run")
+    out: str | None = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
+    every: int | None = key(
+        None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 500; the end of a short run"
+    )
     keep: int = key(2, "checkpoints kept, newest first; 0 saves none")
-    async_save: Optional[bool] = key(None, "write checkpoints while training goes on", path="trainer.strategy.ckpt_async_save",
+    async_save: bool | None = key(None, "write checkpoints while training goes on", path="trainer.strategy.ckpt_async_save",
                                      auto="on with CUDA; on a CPU it takes as long and more memory")  # fmt: skip
-    val_every: Optional[int] = key(None, "steps between evaluations on held-out text", unit="steps", auto="a tenth of the run")
-    val_batches: Optional[int] = key(
+    val_every: int | None = key(None, "steps between evaluations on held-out text", unit="steps", auto="a tenth of the run")
+    val_batches: int | None = key(
         None, "global batches of held-out text an evaluation reads; 0 evaluates nothing", path="data.val_batches",
         auto="8 on a GPU, 4 on a CPU",
     )  # fmt: skip
     tensorboard: bool = key(True, "write TensorBoard event files")
-    wandb: Optional[str] = key(None, "Weights & Biases project to log to", auto="none")
+    wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")
 
 
-TYPES = {"Optional[str]": str, "Optional[int]": int, "Optional[float]": float, "Optional[bool]": bool,
+TYPES = {"str | None": str, "int | None": int, "float | None": float, "bool | None": bool,
          "str": str, "int": int, "float": float, "bool": bool, "Any": object}  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Setting any field of a recipe by its path, checked against what the recipe's objects take.
 
 `trainer.strategy.ckpt_parallel_save=false` names a parameter of NeMo's class; an unknown one is refused with the nearest
-valid path, a value of another type with the type that is wanted. Callbacks are addressed by class: `trainer.callbacks.Evaluation.every`.
+valid path, a value of another type with the type that is wanted. Callbacks are addressed by class:
+`trainer.callbacks.Evaluation.every`.
 """
 
 from __future__ import annotations

@@ -43,4 +43,6 @@ def test_lock_is_closed():
             if not wanted.specifier.contains(found.split("+")[0], prereleases=True):
                 problems.append(f"{package} asks for {text}: {found} is installed")
     assert not problems, "\n".join(problems)
-    assert all(re.search(rf"^# .*\n{package}==", (REQUIREMENTS / "unresolved.txt").read_text(), re.M | re.I) for package in unresolved)
+    assert all(
+        re.search(rf"^# .*\n{package}==", (REQUIREMENTS / "unresolved.txt").read_text(), re.M | re.I) for package in unresolved
+    )

@@ -37,7 +37,7 @@ def activate() -> bool:
     import torch
 
     if not hasattr(numpy, "product"):
-        numpy.product = numpy.prod  # numpy 2 dropped the name; Megatron-Core 0.15.3 saves the checkpoints of several ranks with it
+        numpy.product = numpy.prod  # dropped by numpy 2; Megatron-Core 0.15.3 saves the checkpoints of several ranks with it
     if torch.cuda.is_available():
         _skip_managed_memory_build()
         _active = False
@@ -83,4 +83,6 @@ def _check_versions() -> None:
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"{package} is not installed: run `make setup`") from None
         if found not in known:
-            raise UserError(f"training without CUDA was written for {package} {' or '.join(known)}, found {found}: run `make setup`")
+            raise UserError(
+                f"training without CUDA was written for {package} {' or '.join(known)}, found {found}: run `make setup`"
+            )

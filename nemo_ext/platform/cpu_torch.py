@@ -128,7 +128,10 @@ def _redirect_cuda_module() -> None:
     cuda, stream = torch.cuda, Stream()
 
     cuda.current_device = lambda: CPU
-    for module, names in ((cuda, ("set_device", "synchronize", "empty_cache", "ipc_collect")), (cuda.nvtx, ("range_push", "range_pop"))):
+    for module, names in (
+        (cuda, ("set_device", "synchronize", "empty_cache", "ipc_collect")),
+        (cuda.nvtx, ("range_push", "range_pop")),
+    ):
         for name in names:  # a function each: torch.compile's tables want one rule an object
             setattr(module, name, lambda *args, **kwargs: None)
     cuda.Stream, cuda.Event = Stream, Event

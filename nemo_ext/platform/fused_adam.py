@@ -13,7 +13,9 @@ import torch
 class FusedAdam(torch.optim.Optimizer):
     """Adam with decoupled (`adam_w_mode`) or L2 weight decay over the horizontally fused `torch._foreach_*` operations."""
 
-    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, **unused):
+    def __init__(
+        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, **unused
+    ):
         super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay))
         self.adam_w_mode = adam_w_mode
 

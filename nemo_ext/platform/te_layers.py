@@ -35,7 +35,9 @@ class _TransformerEngineFace:
 
 def _megatron_arguments(kwargs: dict) -> dict:
     kwargs = {k: v for k, v in kwargs.items() if k not in ("symmetric_ar_type", "parallel_mode", "name")}
-    if kwargs.get("init_method") is None:  # vision configurations skip TransformerConfig.__post_init__; Transformer Engine's default
+    if (
+        kwargs.get("init_method") is None
+    ):  # vision configurations skip TransformerConfig.__post_init__; Transformer Engine's default
         kwargs["init_method"] = lambda weight: torch.nn.init.normal_(weight, std=0.023)
     return kwargs
 
@@ -159,8 +161,16 @@ class CpuSpecProvider(LocalSpecProvider):
 
 STAND_INS = {
     cls.__name__: cls
-    for cls in (TEColumnParallelLinear, TERowParallelLinear, TELayerNormColumnParallelLinear, TELinear, TENorm,
-                TEDotProductAttention, TEColumnParallelGroupedLinear, TERowParallelGroupedLinear)  # fmt: skip
+    for cls in (
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TELinear,
+        TENorm,
+        TEDotProductAttention,
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )  # fmt: skip
 }
 
 

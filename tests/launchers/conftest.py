@@ -28,8 +28,8 @@ def small(tmp_path_factory) -> SimpleNamespace:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     keys = (
-        f"recipe=pretrain_custom layers=2 hidden=64 heads=4 kv_heads=2 ffn=128 vocab=512 seq=64 global_batch=4 lr=1e-3 heldout=0.1 "
-        f"val_batches=2 tensorboard=false tokenizer={tokenizer} data={data}"
+        "recipe=pretrain_custom layers=2 hidden=64 heads=4 kv_heads=2 ffn=128 vocab=512 seq=64 global_batch=4 lr=1e-3 "
+        f"heldout=0.1 val_batches=2 tensorboard=false tokenizer={tokenizer} data={data}"
     )
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, data=data, cache=folder / "cache", keys=keys.split(), texts=texts)
 

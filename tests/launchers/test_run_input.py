@@ -194,7 +194,8 @@ def test_a_complete_run_says_so_at_once(command, small):
         command("out=run", "steps=4", "debug=true")
     from nemo_ext import report
 
-    run_folder.write_json(Path("run") / run_folder.SUMMARY_JSON, report.summarise([{"step": 4, "loss": 2.0, "tokens": 1024}], [], {}))
+    summary = report.summarise([{"step": 4, "loss": 2.0, "tokens": 1024}], [], {})
+    run_folder.write_json(Path("run") / run_folder.SUMMARY_JSON, summary)
     code, output, _ = command("out=run", "steps=4", "gpus=2")
     assert code == 0 and "run is complete at step 4" in output and "4 (1,024 tokens)" in output
 

@@ -8,7 +8,7 @@ LLAMA_8B = Architecture("llama", 32, 4096, 14336, 32, 8, 128256, rotary_base=5e5
 
 
 def test_flops_follow_the_stated_formula():
-    """3 x (2 tokens (layers (2 h^2 + 2 h kv + 3 h ffn) + h vocab) + 2 tokens seq h layers) per token, h = heads x head dimension."""
+    """3 x (2 tokens (layers (2 h^2 + 2 h kv + 3 h ffn) + h vocab) + 2 tokens seq h layers) a token."""
     seq, h, kv, ffn, layers, vocab = 8192, 4096, 1024, 14336, 32, 128256
     by_hand = 3 * (2 * (layers * (2 * h * h + 2 * h * kv + 3 * h * ffn) + h * vocab) + 2 * seq * h * layers)
     assert LLAMA_8B.flops_per_token(seq) == by_hand

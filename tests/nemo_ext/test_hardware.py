@@ -96,5 +96,5 @@ def test_gpus_are_those_of_nvidia_smi():
     listed = [line.split(", ") for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()]
     machine = hardware.detect()
     assert [gpu.name for gpu in machine.gpus] == [name for name, _ in listed]
-    for gpu, (_, mebibytes) in zip(machine.gpus, listed):
+    for gpu, (_, mebibytes) in zip(machine.gpus, listed, strict=True):
         assert gpu.memory_bytes == pytest.approx(int(mebibytes) * 1024**2, rel=0.05)

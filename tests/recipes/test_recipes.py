@@ -115,12 +115,16 @@ def test_shapes_agree_with_nemos_own(llm, family, name):
     ours = fdl.build(recipes.load(f"pretrain_{family}", size=name, device="gpu").model.config)
     theirs = getattr(llm, NEMO_CLASSES[family, name])()
     fields = ("num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups layernorm_epsilon rotary_base "
-              "share_embeddings_and_output_weights normalization gated_linear_unit add_bias_linear add_qkv_bias qk_layernorm").split()  # fmt: skip
+              "share_embeddings_and_output_weights normalization gated_linear_unit add_bias_linear "
+              "add_qkv_bias qk_layernorm").split()  # fmt: skip
     if family == "gemma3":  # its layer always normalises queries and keys; its activation depends on what is fused
         fields.remove("qk_layernorm")
     else:
         fields.append("activation_func")
-    for field in [*fields, *(f for f in ("scale_factor", "interleaved_attn_pattern", "rope_scaling_factor") if hasattr(theirs, f))]:
+    for field in [
+        *fields,
+        *(f for f in ("scale_factor", "interleaved_attn_pattern", "rope_scaling_factor") if hasattr(theirs, f)),
+    ]:
         assert getattr(ours, field) == getattr(theirs, field), field
     assert ours.kv_channels == (theirs.kv_channels or theirs.hidden_size // theirs.num_attention_heads)
 
@@ -141,7 +145,11 @@ def test_load_returns_nemos_pretrain_and_takes_overrides(llm):
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("trainer.strategi.ckpt_parallel_save", True, "trainer.strategi is not a part of the recipe, did you mean trainer.strategy"),
+        (
+            "trainer.strategi.ckpt_parallel_save",
+            True,
+            "trainer.strategi is not a part of the recipe, did you mean trainer.strategy",
+        ),
         ("trainer.max_stepz", 3, "trainer.max_stepz is not a field of Trainer, did you mean trainer.max_steps"),
         ("trainer.strategy.ckpt_parallel_save", "perhaps", "ckpt_parallel_save='perhaps' is of the wrong type: bool is wanted"),
         ("optim.config.adam_beta1", "high", "adam_beta1='high' is of the wrong type: float is wanted"),

@@ -70,12 +70,20 @@ def models(tmp_path_factory) -> dict[str, dict]:
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, tokenizer, corpus, models):
     """train(cases, processes) -> folder: run layouts.py once for all cases; losses(folder, case) reads one."""
-    keys = dict(device="cpu", seq=SEQ, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2, every=100,
+    keys = dict(device="cpu", seq=SEQ, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2,
+                every=100,
                 precision="fp32", tensorboard=False)  # fmt: skip
 
     def run(cases: list[dict], processes: int, into: Path | None = None) -> Path:
         out = into or tmp_path_factory.mktemp("runs")
-        plan = {"out": str(out), "keys": keys, "cases": cases, "models": models, "tokenizer": str(tokenizer), "blend": corpus.blend()}
+        plan = {
+            "out": str(out),
+            "keys": keys,
+            "cases": cases,
+            "models": models,
+            "tokenizer": str(tokenizer),
+            "blend": corpus.blend(),
+        }
         file = out / f"plan{processes}.json"
         file.write_text(json.dumps(plan))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",

@@ -22,8 +22,13 @@ LAYOUTS = {
 }
 RESUMED_AT = [name for name in LAYOUTS if name != "dp2"]  # which has another optimizer: refused when a folder is continued
 # Many gradient buckets, whose ends are padded: upstream shifts the optimizer states of all but the first when it saves them.
+DROPOUT = {"model.config.hidden_dropout": 0.1}
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 10_000}
-OTHERS = {"tp2_sp_recompute": dict(tp=2, sp=True, recompute="full"), "pp2_micro1": dict(pp=2, micro_batch=1), "pp2_selective": dict(pp=2, recompute="selective")}
+OTHERS = {
+    "tp2_sp_recompute": dict(tp=2, sp=True, recompute="full"),
+    "pp2_micro1": dict(pp=2, micro_batch=1),
+    "pp2_selective": dict(pp=2, recompute="selective"),
+}
 
 
 def losses(folder, name):
@@ -51,23 +56,30 @@ def runs(train):
         dict(name="stopped_bf16", stop_at=4, keys=dict(precision="bf16"), overrides=BUCKETS),
         dict(name="whole_bf16", keys=dict(precision="bf16")),
         dict(name="whole_fp16", keys=dict(precision="fp16"), overrides={"trainer.plugins.fp16_initial_loss_scale": 1024.0}),
-        dict(name="whole_dropout", overrides={"model.config.hidden_dropout": 0.1}),
-        dict(name="stopped_dropout", stop_at=4, overrides={"model.config.hidden_dropout": 0.1}),
+        dict(name="whole_dropout", overrides=DROPOUT),
+        dict(name="stopped_dropout", stop_at=4, overrides=DROPOUT),
     ]
     again = [dict(name="again", continue_copy_of="stopped", overrides=BUCKETS),
              dict(name="again_bf16", continue_copy_of="stopped_bf16", keys=dict(precision="bf16"), overrides=BUCKETS),
-             dict(name="again_dropout", continue_copy_of="stopped_dropout", overrides={"model.config.hidden_dropout": 0.1})]  # fmt: skip
-    one = [dict(name="one"), dict(name="one_untied", model="untied"), dict(name="one_layerwise", keys=dict(layer_decay=0.7)), *resumes,
+             dict(name="again_dropout", continue_copy_of="stopped_dropout", overrides=DROPOUT)]  # fmt: skip
+    one = [dict(name="one"), dict(name="one_untied", model="untied"), dict(name="one_layerwise", keys=dict(layer_decay=0.7)),
+           *resumes,
            *again]  # fmt: skip
     one += [dict(name="no_evaluation", keys=dict(val_batches=0))]
-    one += [dict(name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, global_batch=4)) for family in FAMILIES]
+    one += [
+        dict(name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, global_batch=4)) for family in FAMILIES
+    ]
     folder = train(one, 1)
     two = [dict(name=n, keys=k) for n, k in {**LAYOUTS, **OTHERS}.items()]
-    two += [dict(name="untied_pp2_vp2", keys=LAYOUTS["pp2_vp2"], model="untied"), dict(name="untied_tp2", keys=dict(tp=2), model="untied")]
+    two += [
+        dict(name="untied_pp2_vp2", keys=LAYOUTS["pp2_vp2"], model="untied"),
+        dict(name="untied_tp2", keys=dict(tp=2), model="untied"),
+    ]
     two += [dict(name=f"layerwise_{n}", keys={**LAYOUTS[n], "layer_decay": 0.7}) for n in ("pp2", "dp2_distributed_optimizer")]
     two += [dict(name=f"again_{n}", keys=LAYOUTS[n], continue_copy_of="stopped", overrides=BUCKETS) for n in RESUMED_AT]
     # stop at one layout of two processes, go on at another
-    two += [dict(name="stopped_tp2", keys=dict(tp=2), stop_at=4, overrides=BUCKETS), dict(name="tp2_to_pp2", keys=dict(pp=2), continue_copy_of="stopped_tp2"),
+    two += [dict(name="stopped_tp2", keys=dict(tp=2), stop_at=4, overrides=BUCKETS),
+            dict(name="tp2_to_pp2", keys=dict(pp=2), continue_copy_of="stopped_tp2"),
             dict(name="tp2_to_dp2", continue_copy_of="stopped_tp2")]  # fmt: skip
     train(two, 2, into=folder)
     return folder

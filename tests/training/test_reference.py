@@ -14,7 +14,9 @@ def test_training_equals_hugging_face_with_torchs_adamw(train, models, corpus, t
     from nemo_ext.data.module import build_train_dataset
 
     ours, _, norms = losses(train([dict(name="run")], 1), "run")
-    data = build_train_dataset(corpus.blend(), samples=6 * 8, seq_length=64, seed=1234, eod=corpus.eod, index_cache_dir=str(tmp_path))
+    data = build_train_dataset(
+        corpus.blend(), samples=6 * 8, seq_length=64, seed=1234, eod=corpus.eod, index_cache_dir=str(tmp_path)
+    )
     model = LlamaForCausalLM.from_pretrained(models["tied"]["hf"], attn_implementation="eager").float()
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},

@@ -37,7 +37,9 @@ def test_every_megatron_configuration_gets_the_cpus_choices():
 
     from nemo_ext.platform.cpu_megatron import CPU_CONFIG
 
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, deallocate_pipeline_outputs=True, masked_softmax_fusion=True)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, deallocate_pipeline_outputs=True, masked_softmax_fusion=True
+    )
     assert {name: getattr(config, name) for name in CPU_CONFIG if hasattr(config, name)}.items() <= CPU_CONFIG.items()
     assert config.deallocate_pipeline_outputs is False
 
@@ -59,7 +61,9 @@ def test_a_gpt_has_transformer_engines_parameter_names():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("normalization, zero_centred", [("RMSNorm", False), ("RMSNorm", True), ("LayerNorm", False), ("LayerNorm", True)])
+@pytest.mark.parametrize(
+    "normalization, zero_centred", [("RMSNorm", False), ("RMSNorm", True), ("LayerNorm", False), ("LayerNorm", True)]
+)
 def test_norms_follow_their_definition(normalization, zero_centred):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
