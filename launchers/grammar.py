@@ -94,8 +94,8 @@ def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    """A value as YAML reads it, with OmegaConf's numbers (1e-5 is a float). What begins with a sign that YAML keeps for itself, as
-    the glob `*.jsonl` does, is text."""
+    """A value as YAML reads it, with OmegaConf's numbers (1e-5 is a float). What begins with a sign that YAML keeps for itself,
+    as the glob `*.jsonl` does, is text."""
     if text.startswith(tuple("*&!%@`")):
         return text
     try:

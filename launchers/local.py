@@ -128,12 +128,9 @@ def _raise_cause(run_dir: Path, status: dict, log: Path) -> None:
 
 def _reports(log: Path) -> list[tuple[int, int]]:
     """(rank, exit code) of the processes that failed, the first one first, from torchrun's report."""
-    text = log.read_text(errors="replace")
-    root = text.find("Root Cause")
-    if root < 0:
-        return []
-    found = [(int(rank), int(code)) for part in (text[root:], text[:root]) for rank, code in RANK_REPORT.findall(part)]
-    return list(dict.fromkeys(found))
+    _, _, report = log.read_text(errors="replace").partition("\nFailures:")
+    others, _, root_cause = report.partition("Root Cause")
+    return [(int(rank), int(code)) for rank, code in RANK_REPORT.findall(root_cause + others)]
 
 
 def _python_path() -> str:

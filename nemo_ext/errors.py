@@ -35,7 +35,7 @@ def explain(error: BaseException, folder: str | Path) -> str:
     A full disk is said in many ways, also by the processes that write a checkpoint: all become the same line.
     """
     if isinstance(error, (UserError, RunError)):
-        return str(error)
+        return str(error).split("\n")[0]  # Fiddle appends paragraphs about what it was building
     if is_full(error, folder):
         return f"the disk is full: {folder}: make space, the same command continues from the newest checkpoint"
     if isinstance(error, OSError) and error.strerror:

@@ -35,7 +35,7 @@ def test_a_writer_that_fails_is_a_full_disk_only_if_the_disk_is_full(tmp_path, m
 
 
 def test_other_errors_are_their_first_line(tmp_path):
-    assert errors.explain(errors.UserError("lr=x"), tmp_path) == "lr=x"
+    assert errors.explain(errors.UserError("lr=x is wrong\n\nFiddle context: ..."), tmp_path) == "lr=x is wrong"
     assert errors.explain(PermissionError(errno.EACCES, "Permission denied", "/a"), tmp_path) == "Permission denied: /a"
     assert errors.explain(ValueError("\n  first\nsecond"), tmp_path) == "ValueError: first"
     assert errors.explain(KeyError(), tmp_path) == "KeyError"

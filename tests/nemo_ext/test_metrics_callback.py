@@ -309,7 +309,7 @@ def check(run_dir: Path, reference: dict, last: int) -> None:
     training, validations = run_folder.read_records(run_dir)
     ours = [[r["step"], r["loss"], r["lr"], r["grad_norm"]] for r in training[:last]]
     assert len(ours) == last
-    for mine, nemos in zip(ours, reference["steps"], strict=True):
+    for mine, nemos in zip(ours, reference["steps"][:last], strict=True):
         assert mine == pytest.approx(nemos, rel=1e-6)
     assert validations[0]["step"] == 0 and validations[0]["val_loss"] == pytest.approx(training[0]["loss"], abs=1e-6)
     assert len(validations) == len(reference["validations"])
