@@ -39,7 +39,9 @@ def test_bad_lines(arguments, message):
 
 def test_config_and_command_line_compose(tmp_path):
     file = tmp_path / "base.yaml"
-    file.write_text("recipe: cpt_llama3\nlr: 1e-5\nseq: 512\ntrainer:\n  max_steps: 9\n  strategy:\n    ckpt_parallel_save: false\n")
+    file.write_text(
+        "recipe: cpt_llama3\nlr: 1e-5\nseq: 512\ntrainer:\n  max_steps: 9\n  strategy:\n    ckpt_parallel_save: false\n"
+    )
     command = grammar.parse([f"config={file}", "seq=256"])
     assert command.recipe == "cpt_llama3"
     assert command.keys == {"lr": 1e-5, "seq": 256, "steps": 9}

@@ -37,7 +37,9 @@ class Command:
         environment = {**os.environ, "LLM_BUILDER_CACHE": str(small.cache), "COLUMNS": "300"}
         command = [sys.executable, "launchers/run.py", *keys, *arguments]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, preexec_fn=at_ease
+        )
         self.family: list[psutil.Process] = []
 
     def when(self, reached, patience: float = 240) -> Command:
@@ -63,11 +65,16 @@ class Command:
         """Exit code, what was said, and what is left of it."""
         output, error = self.process.communicate(timeout=300)
         deadline = time.monotonic() + 20
-        while (orphans := [p for p in self.family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]):
+        while orphans := [p for p in self.family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         return SimpleNamespace(code=self.process.returncode, output=output, error=error, orphans=orphans, out=self.out)
+
+
+def at_ease() -> None:
+    """Ctrl-C means what it says, also where these tests run in the background of a shell that ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def at_step(step: int):
