@@ -51,7 +51,7 @@ class TrainKeys:
     seq: int | None = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
     workers: int | None = key(None, "processes that tokenise", auto="one a core")
 
-    steps: int | None = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 10 for smoke on CPUs",
+    steps: int | None = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 10 for a CPU smoke",
                                group="training")  # fmt: skip
     micro_batch: int | None = key(None, "sequences a device processes at once", path="data.micro_batch_size", auto="planned")
     global_batch: int | None = key(
