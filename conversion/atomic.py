@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_ext.disk import sync, sync_tree
 from nemo_ext.errors import UserError
 
 
@@ -32,14 +33,11 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise UserError(f"cannot write in {final.parent}: {error.strerror or error}") from error
     try:
         yield partial
-        for folder, _, files in os.walk(partial):
-            for name in files:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
+        sync_tree(partial)
         if final.exists():
             final.rmdir()
         os.rename(partial, final)
-        _fsync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error.strerror or error}") from error
     finally:
@@ -60,11 +58,3 @@ def _remove_orphans(final: Path) -> None:
 
 def _escape(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

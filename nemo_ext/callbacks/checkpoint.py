@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from nemo_ext.disk import sync, sync_tree
 from nemo_ext.run_folder import PARTIAL, checkpoints, clear_partial, newest_checkpoint, remove_checkpoint, write_manifest
 
 
@@ -64,9 +65,9 @@ class AtomicCheckpoint(Checkpoint):
                 torch.distributed.barrier()
             if trainer.is_global_zero:
                 write_manifest(partial)
-                flush(partial)
+                sync_tree(partial)
                 os.rename(partial, final)
-                flush(self.folder)
+                sync(self.folder)
                 print(f"checkpoint of step {step} is complete after {time.monotonic() - started:.1f} s", flush=True)
                 for _, old in checkpoints(self.folder)[: -self.keep]:
                     remove_checkpoint(old)
@@ -75,13 +76,3 @@ class AtomicCheckpoint(Checkpoint):
         trainer.save_checkpoint(partial, storage_options=options)
         if not self.async_save:
             publish()
-
-
-def flush(folder: Path) -> None:
-    """Flush a folder's files and entries to the disk."""
-    for path in [folder, *folder.rglob("*")] if folder.name.endswith(PARTIAL) else [folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

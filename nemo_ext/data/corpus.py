@@ -37,6 +37,7 @@ from nemo_ext.data.encoder import Encoder, IdsDiffer
 from nemo_ext.data.indexed import write_index
 from nemo_ext.data.readers import Block
 from nemo_ext.data.sources import Source
+from nemo_ext.disk import sync
 from nemo_ext.errors import RunError, UserError
 
 FORMAT = 1  # part of the keys: raise it when the same input gives other files
@@ -230,11 +231,11 @@ def _build(
                     raise
                 meta["key"] = key
                 _write_durably(partial / "corpus.json", json.dumps(meta, indent=2).encode())
-                _sync_folder(partial)
+                sync(partial)
                 if final.exists():  # a folder without corpus.json is not ours to trust
                     shutil.rmtree(final)
                 partial.rename(final)
-                _sync_folder(cache)
+                sync(cache)
         (cache / f"{key}.lock").unlink(missing_ok=True)
     if progress is not None:
         progress(readers.size_of(source)[0], readers.size_of(source)[0])
@@ -552,11 +553,3 @@ def _write_durably(path: Path, data: bytes) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
