@@ -108,27 +108,26 @@ def _plan(
     _check_names(family, architecture, source, prefix, hf_dir)
     tensors = {}
     for row in rows:
-        layers = range(architecture.num_layers) if row.is_layer else [None]
-        inputs = {layer: list(_inputs(row, layer, architecture, source, prefix, hf_dir)) for layer in layers}
-        stored = dtype or functools.reduce(torch.promote_types, {info.dtype for infos in inputs.values() for info in infos})
-        meta = [torch.empty(info.shape, device="meta") for info in next(iter(inputs.values()))]
+        inputs = [list(_inputs(row, index, architecture, source, prefix, hf_dir)) for index in row.indices(architecture)]
+        stored = dtype or functools.reduce(torch.promote_types, {info.dtype for infos in inputs for info in infos})
+        meta = [torch.empty(info.shape, device="meta") for info in inputs[0]]
         shape = tuple(row.layout.merge(architecture, meta).shape)
-        whole = (architecture.num_layers, *shape) if row.is_layer else shape
-        tensor = StoredTensor(whole, stored)
-        for layer, infos in inputs.items():
+        axes = tuple(row.axes(architecture).values())
+        tensor = StoredTensor((*axes, *shape), stored)
+        for index, infos in zip(row.indices(architecture), inputs, strict=True):
             read = functools.partial(_read, row, architecture, infos, stored)
-            offset = (layer, *[0] * len(shape)) if row.is_layer else (0,) * len(shape)
-            tensor.chunks.append(Chunk(offset, (1, *shape) if row.is_layer else shape, read))
-        tensors[KEY_PREFIX + row.megatron.replace(".{i}", "")] = tensor
+            offset = (*index.values(), *[0] * len(shape))
+            tensor.chunks.append(Chunk(offset, (*[1] * len(axes), *shape), read))
+        tensors[KEY_PREFIX + row.key] = tensor
     return tensors
 
 
 def _inputs(
-    row: Row, layer: int | None, architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path
+    row: Row, index: dict[str, int], architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path
 ) -> Iterator[TensorInfo]:
     """Where the Hugging Face tensors of a row lie, checked for shape and kind."""
     for canonical, symbols in row.hf.items():
-        name = families.hf_name(canonical, prefix).format(i=layer)
+        name = families.hf_name(canonical, prefix).format(**index)
         info, expected = source[name], families.shape(symbols, architecture)
         if info.shape != expected:
             raise UserError(f"{hf_dir}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(expected)}")
@@ -145,10 +144,10 @@ def _read(row: Row, architecture: Architecture, infos: list[TensorInfo], dtype: 
 def _check_names(family: Family, architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path) -> None:
     """Refuse missing and unexpected tensors. A copy of a tied embedding under the output's name is accepted if equal."""
     expected = {
-        families.hf_name(canonical, prefix).format(i=layer)
+        families.hf_name(canonical, prefix).format(**index)
         for row in family.rows_of(architecture)
+        for index in row.indices(architecture)
         for canonical in row.hf
-        for layer in (range(architecture.num_layers) if row.is_layer else [None])
     }
     if missing := sorted(expected - set(source)):
         raise UserError(f"{hf_dir} lacks {len(missing)} of its {len(expected)} tensors, first {missing[0]}")

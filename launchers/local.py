@@ -33,12 +33,12 @@ def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.S
     """
     log = run_dir / run_folder.LOGS / "torchrun.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_status(run_dir, "starting", 0, max_steps)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
                    LAUNCHER: str(os.getpid())}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                "-m", "launchers.worker", str(run_dir)]  # fmt: skip
     with open(log, "w") as output, _forwarding() as stop:
+        run_folder.write_status(run_dir, "starting", 0, max_steps)
         streams = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         stop.process = subprocess.Popen(command, **streams, env=environment, cwd=ROOT, start_new_session=True,
                                         preexec_fn=die_with_parent)  # fmt: skip

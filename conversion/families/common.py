@@ -1,0 +1,84 @@
+"""Rows and configuration helpers that several families share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conversion.families.table import Config, Row
+from conversion.layout import FUSED_QKV, GATE_UP, QKV, VOCABULARY
+from nemo_ext.architecture import Architecture
+from nemo_ext.errors import UserError
+
+LAYER = "model.layers.{i}."
+DECODER = "decoder.layers.{i}."
+
+
+def untied(a: Architecture) -> bool:
+    return not a.share_embeddings_and_output_weights
+
+
+EMBEDDING = Row({"model.embed_tokens.weight": "vocab h"}, "embedding.word_embeddings.weight", VOCABULARY)
+OUTPUT = Row({"lm_head.weight": "vocab h"}, "output_layer.weight", VOCABULARY, when=untied)
+FINAL_NORM = Row({"model.norm.weight": "h"}, "decoder.final_layernorm.weight")
+QKV_WEIGHT = Row(
+    {
+        f"{LAYER}self_attn.q_proj.weight": "q h",
+        f"{LAYER}self_attn.k_proj.weight": "kv h",
+        f"{LAYER}self_attn.v_proj.weight": "kv h",
+    },
+    f"{DECODER}self_attention.linear_qkv.weight",
+    QKV,
+)
+QKV_BIAS = Row(
+    {f"{LAYER}self_attn.q_proj.bias": "q", f"{LAYER}self_attn.k_proj.bias": "kv", f"{LAYER}self_attn.v_proj.bias": "kv"},
+    f"{DECODER}self_attention.linear_qkv.bias",
+    QKV,
+)
+QKV_FUSED = Row({f"{LAYER}self_attn.qkv_proj.weight": "qkv h"}, f"{DECODER}self_attention.linear_qkv.weight", FUSED_QKV)
+ATTENTION_NORM = Row({f"{LAYER}input_layernorm.weight": "h"}, f"{DECODER}self_attention.linear_qkv.layer_norm_weight")
+ATTENTION_OUTPUT = Row({f"{LAYER}self_attn.o_proj.weight": "h q"}, f"{DECODER}self_attention.linear_proj.weight")
+Q_NORM = Row({f"{LAYER}self_attn.q_norm.weight": "d"}, f"{DECODER}self_attention.q_layernorm.weight")
+K_NORM = Row({f"{LAYER}self_attn.k_norm.weight": "d"}, f"{DECODER}self_attention.k_layernorm.weight")
+MLP_NORM = Row({f"{LAYER}post_attention_layernorm.weight": "h"}, f"{DECODER}mlp.linear_fc1.layer_norm_weight")
+FC1 = Row(
+    {f"{LAYER}mlp.gate_proj.weight": "ffn h", f"{LAYER}mlp.up_proj.weight": "ffn h"},
+    f"{DECODER}mlp.linear_fc1.weight",
+    GATE_UP,
+)
+FC1_FUSED = Row({f"{LAYER}mlp.gate_up_proj.weight": "2ffn h"}, f"{DECODER}mlp.linear_fc1.weight")
+FC2 = Row({f"{LAYER}mlp.down_proj.weight": "h ffn"}, f"{DECODER}mlp.linear_fc2.weight")
+
+LLAMA_ROWS = (EMBEDDING, ATTENTION_NORM, QKV_WEIGHT, ATTENTION_OUTPUT, MLP_NORM, FC1, FC2, FINAL_NORM, OUTPUT)
+
+
+def refuse(config: Config, key: str, *allowed: Any) -> None:
+    """UserError unless the configuration leaves `key` out or gives it an allowed value."""
+    if key in config and config[key] is not None and config[key] not in allowed:
+        raise UserError(f"config.json has {key}={config[key]!r}; only {' or '.join(map(repr, allowed))} converts to NeMo")
+
+
+def rope(config: Config, kind: str = "full_attention") -> dict[str, Any]:
+    """RoPE settings in one dictionary, from transformers 4's rope_theta + rope_scaling or 5's rope_parameters."""
+    rope = dict(config.get("rope_parameters") or {})
+    rope = dict(rope.get(kind, rope))
+    rope = rope or dict(config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    return rope
+
+
+def plain_rope(config: Config) -> dict[str, Any]:
+    positions = rope(config)
+    refuse(positions, "rope_type", "default")
+    return {"rotary_base": float(positions["rope_theta"])}
+
+
+def plain_rope_config(a: Architecture) -> dict[str, Any]:
+    return {"rope_theta": a.rotary_base, "rope_scaling": None}
+
+
+def no_window(config: Config) -> None:
+    """Refuse a sliding window that cuts: Qwen's switch is use_sliding_window, Phi's is the window itself."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window is not None and window < config["max_position_embeddings"]:
+        raise UserError(f"config.json has sliding_window={window}; this family converts to NeMo with full attention only")
