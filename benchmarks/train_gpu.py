@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launchers.worker import MEMORY_LINE  # noqa: E402
+from nemo_ext import run_folder  # noqa: E402
 from recipes.models import size  # noqa: E402
 
 GIB = 2**30
@@ -56,10 +56,10 @@ def ours(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trained = [r for r in records if "loss" in r]
     memory = json.loads((out / "plan.json").read_text())["memory"]
-    ranks = [rank_memory(log) for log in sorted((out / "logs").glob("rank*.log"))]
+    ranks = [run_folder.read_json(run_folder.rank_memory(out, rank)) for rank in range(case["gpus"])]
     return {
         "step_times": [r["step_time"] for r in trained[1:]],
-        "memory_gib": max(r["allocated"] for r in ranks) / GIB,
+        "memory_gib": max(r["peak"] for r in ranks) / GIB,
         "reserved_gib": max(r["reserved"] for r in ranks) / GIB,
         "outside_torch_gib": max(r["outside_torch"] for r in ranks) / GIB,
         "memory_of_ranks": ranks,
@@ -69,12 +69,6 @@ def ours(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
         "val_losses": [r["val_loss"] for r in records if "val_loss" in r],
         "first_step_seconds": trained[0]["time"] - started,
     }
-
-
-def rank_memory(log: Path) -> dict:
-    """Bytes that a rank of our run held, from its log."""
-    line = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(MEMORY_LINE)][-1]
-    return json.loads(line.removeprefix(MEMORY_LINE))
 
 
 def stock(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:

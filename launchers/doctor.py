@@ -109,7 +109,7 @@ def machine_rows(machine: Any) -> list[Row]:
         Row("machine", "system", f"{_system()}, {platform.machine()}"),
         Row("machine", "Python", platform.python_version(), "ok" if known else "warning", "" if known else written_for),
         Row("machine", "cores", str(machine.cpu_count)),
-        _size_row("memory", machine.memory_bytes, 8, "the smoke model's run wants 8 GiB"),
+        _size_row("memory", machine.memory_bytes, 11, "the smoke model's run wants 11 GiB with two processes, 6 with one"),
         _size_row("free disk", shutil.disk_usage(os.getcwd()).free, 10, "environment and a small run's checkpoints want 10 GiB"),
     ]
     if os.path.isdir("/dev/shm"):

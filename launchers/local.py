@@ -33,6 +33,8 @@ def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.S
     """
     log = run_dir / run_folder.LOGS / "torchrun.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    for earlier in log.parent.glob("rank*.memory.json"):
+        earlier.unlink()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
                    LAUNCHER: str(os.getpid())}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",

@@ -19,8 +19,8 @@ GiB = 2**30
 CUDA_CONTEXT = 2.1 * GiB  # driver context, loaded kernels, cuBLAS and cuDNN handles, Transformer Engine's workspaces
 NCCL_BUFFERS = 1.6 * GiB  # communicators of the data, tensor and pipeline groups
 FRAGMENTATION = 0.03  # of activations and logits: reserved by the allocator, not in use
-IMPORTED_PROCESS = 0.75 * GiB  # resident size of a CPU process that has imported NeMo
-HEAP = 0.20  # of all tensors on a CPU: pages that malloc keeps when they are freed, and the optimizer's temporaries
+IMPORTED_PROCESS = 0.8 * GiB  # resident size of a CPU process that has imported NeMo
+HEAP = 0.30  # of all tensors on a CPU: pages that malloc keeps when they are freed, and the optimizer's temporaries
 
 # Modules that recompute=selective recomputes (`recompute_modules` in Megatron). Fused attention never stores the scores, so
 # "core_attn" saves nothing on a GPU, and the MLP holds two thirds of a layer's activations; on a CPU the scores are the bulk.
@@ -47,6 +47,7 @@ class Request:
     pp: int | None = None
     vp: int | None = None  # model chunks per pipeline stage; 1 asks for none
     cp: int | None = None
+    ep: int | None = None
     sequence_parallel: bool | None = None
     precision: str = "bf16"  # "bf16", "fp16", "fp32" or "fp8"
     recompute: str = "auto"  # "auto", "none", "selective" or "full"
@@ -61,7 +62,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model and the batch are spread. tp x pp x cp x dp processes in all."""
+    """How the model and the batch are spread. tp x pp x cp x dp processes in all, and ep divides dp x cp of them: the experts of
+    a layer lie on ep of the processes that otherwise hold the same weights."""
 
     tp: int
     pp: int
@@ -72,6 +74,7 @@ class Layout:
     micro_batch: int
     num_microbatches: int
     recompute: str  # "none", "selective" or "full"
+    ep: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,25 +104,32 @@ def element_bytes(precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
+def expert_parameters(architecture: Architecture, layout: Layout) -> float:
+    """Parameters in the experts that one GPU holds, at any pipeline stage; 0 in a dense model."""
+    a = architecture
+    if a.num_moe_experts is None:
+        return 0.0
+    return a.num_layers / layout.pp * a.num_moe_experts * a.mlp_parameters / (layout.tp * layout.ep)
+
+
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
     """Parameters that one GPU of a pipeline stage holds: (inside the layers' linear modules, all others).
 
-    Linear weights and embeddings are divided by TP; norms are not. Tied embeddings exist on the first and the last stage.
+    Linear weights and embeddings are divided by TP; norms and routers are not; experts by EP too. Tied embeddings exist on the
+    first and the last stage.
     """
     a, tp = architecture, layout.tp
     layers = a.num_layers / layout.pp
-    linear = layers * (a.hidden_size * (2 * a.attention_width + 2 * a.kv_width) + 3 * a.hidden_size * a.ffn_hidden_size) / tp
-    others = layers * a.norms_per_layer * a.hidden_size
-    if a.add_qkv_bias:
-        others += layers * (a.attention_width + 2 * a.kv_width) / tp
-    if a.qk_layernorm:
-        others += layers * 2 * a.kv_channels
+    mlps = expert_parameters(a, layout) or layers * a.mlp_parameters / tp
+    linear = layers * a.hidden_size * (2 * a.attention_width + 2 * a.kv_width) / tp + mlps
+    others = layers * (a.norms_per_layer * a.norm_parameters + a.qk_norm_parameters + a.router_parameters)
+    others += layers * (a.split_bias_parameters / tp + a.whole_bias_parameters)
     embedding = a.padded_vocab_size * a.hidden_size / tp
     first, last = stage == 0, stage == layout.pp - 1
     if first:
         others += embedding
     if last:
-        others += a.hidden_size
+        others += a.norm_parameters
         if not (first and a.share_embeddings_and_output_weights):
             others += embedding
     return linear, others
@@ -141,7 +151,10 @@ def layers_in_flight(architecture: Architecture, layout: Layout, stage: int) -> 
 
 
 def saved_per_token(architecture: Architecture, request: Request, layout: Layout, recompute: str) -> float:
-    """Bytes that autograd saves in one layer for one token of this GPU's share of the sequence, each tensor counted once."""
+    """Bytes that autograd saves in one layer for one token of this GPU's share of the sequence, each tensor counted once.
+
+    Of experts, every GPU is taken to get its equal share of the tokens, as the balancing loss wants it.
+    """
     a, tp = architecture, layout.tp
     shard = tp if layout.sequence_parallel else 1  # of the tensors between the linear layers
     e = element_bytes(request.precision)
@@ -159,7 +172,13 @@ def saved_per_token(architecture: Architecture, request: Request, layout: Layout
         attention += e * (width + kv) / tp
     if a.norms_per_layer == 4:  # inputs of the norms after attention and MLP
         norms += 2 * e * h / shard
-    mlp = (2 * e + linear) * ffn / tp  # input of the gated activation (two halves), and of the second linear layer
+    copies = a.active_mlps_per_layer
+    mlp = copies * (2 * e + linear) * ffn / tp  # input of the gated activation (two halves), and of the second linear layer
+    if a.num_moe_experts is not None:
+        norms += (e - linear) * h / shard  # the router keeps the norm's output as it is
+        mlp += copies * linear * h  # and the experts a copy of each token, which tensor parallelism does not split
+        if recompute == "selective":  # router and experts, from the norm's output
+            return norms + attention
     if recompute == "selective":  # the MLP with its norm, from the norm's input
         return norms - linear * h / shard + attention
     return norms + attention + mlp
@@ -169,8 +188,9 @@ def _saved_per_token_cpu(a: Architecture, seq: int, e: int, tp: int, shard: int,
     """The same on a CPU: Megatron's own modules and torch's unfused operators.
 
     RMSNorm keeps its input, the normalised input and its output; attention the scores after softmax [heads, seq] and keys and
-    values repeated for every head; the gated activation both halves, its own two factors and its product. `selective` recomputes
-    attention from q, k and the projection they were split from.
+    values repeated for every head; the gated activation both halves, its own two factors and its product; an expert its tokens and
+    the activation before it is weighted besides. `selective` recomputes attention from q, k and the projection they were split
+    from.
     """
     h, width, kv, ffn = a.hidden_size, a.attention_width, a.kv_width, a.ffn_hidden_size
     norms = (a.norms_per_layer * (3 * h + 1)) / shard
@@ -180,15 +200,18 @@ def _saved_per_token_cpu(a: Architecture, seq: int, e: int, tp: int, shard: int,
         attention = 2 * width + kv + (0 if a.qk_layernorm else mixed)
     else:
         attention = 4 * width + a.num_attention_heads * seq
-    return e * (norms + (qk_norm + attention + 5 * ffn) / tp)
+    mlp = 5 * ffn / tp if a.num_moe_experts is None else a.active_mlps_per_layer * (6 * ffn / tp + h)
+    return e * (norms + (qk_norm + attention) / tp + mlp)
 
 
 def working_per_token(architecture: Architecture, request: Request, layout: Layout) -> float:
     """Bytes per token of the gradients that one layer's backward pass holds at once, beside what was saved."""
     a, e = architecture, element_bytes(request.precision)
+    copies = a.active_mlps_per_layer
+    h = (2 if a.num_moe_experts is None else 2 + copies) * a.hidden_size
     if request.device == "cpu":
-        return e * (2 * a.hidden_size + max(2 * a.num_attention_heads * request.seq, 4 * a.ffn_hidden_size) / layout.tp)
-    return e * (2 * a.hidden_size + 3 * a.ffn_hidden_size / layout.tp)
+        return e * (h + max(2 * a.num_attention_heads * request.seq, 4 * copies * a.ffn_hidden_size) / layout.tp)
+    return e * (h + 3 * copies * a.ffn_hidden_size / layout.tp)
 
 
 def logits_memory(architecture: Architecture, request: Request, layout: Layout) -> float:
@@ -217,7 +240,9 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     gradients = request.grad_bytes * parameters * request.trainable
     state_bytes = request.optimizer_bytes if request.optimizer_bytes is not None else 8 + (4 if e == 2 else 0)
     shards = layout.dp * layout.cp if request.distributed_optimizer else 1
-    optimizer = state_bytes * parameters * request.trainable / shards
+    experts = expert_parameters(architecture, layout)  # there are ep times fewer copies to shard their states over
+    shares = (parameters - experts) / shards + experts / max(1, shards // layout.ep)
+    optimizer = state_bytes * shares * request.trainable
 
     tokens = request.seq * layout.micro_batch / layout.cp
     kept = saved_per_token(architecture, request, layout, layout.recompute)
@@ -234,7 +259,9 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     activations = saved + max(0.0, working - logits)
 
     if request.device == "cpu":
-        other = IMPORTED_PROCESS + HEAP * (weights + gradients + optimizer + activations + logits)
+        # A checkpoint is gathered and copied before it is written, when the activations are gone.
+        saving = max(0.0, 2 * (weights + optimizer) - activations - logits)
+        other = IMPORTED_PROCESS + saving + HEAP * (weights + gradients + optimizer + activations + logits)
     else:
         other = CUDA_CONTEXT + FRAGMENTATION * (activations + logits)
         if request.nodes * request.gpus > 1:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from launchers.cost import step_seconds
 from launchers.memory import RECOMPUTE_MODULES, GiB, Layout, Memory, Request, estimate
@@ -264,7 +265,7 @@ def _nearest(a: Architecture, r: Request, kind: str) -> str:
         "layout": [free],
         "batch": [dataclasses.replace(r, global_batch=size) for size in _batches(r)],
         "seq": [dataclasses.replace(r, seq=size) for size in _sequences(a, r)],
-        "machine": [dataclasses.replace(free, nodes=nodes, gpus=gpus) for nodes, gpus in _machines(r)],
+        "machine": [dataclasses.replace(free, **machine) for machine in _machines(r)],
         "shorter": [dataclasses.replace(free, seq=r.seq >> i) for i in range(1, 8) if r.seq >> i >= 128],
     }
     order = {
@@ -307,13 +308,14 @@ def _sequences(a: Architecture, r: Request) -> list[int]:
     return [size for size in (below, below + unit) if size and size != r.seq]
 
 
-def _machines(r: Request) -> list[tuple[int, int]]:
-    """Larger machines of the same GPUs, smallest first: fuller nodes up to 8 GPUs, then more nodes."""
+def _machines(r: Request) -> list[dict[str, Any]]:
+    """Other machines, smallest change first: fuller nodes up to 8 of the same GPUs, then more nodes; fewer processes of a CPU."""
     if r.device == "cpu":
-        return []
+        return [{"gpus": n, "gpu_memory": r.gpu_memory * r.gpus / n} for n in range(r.gpus - 1, 0, -1)]
     gpus = [n for n in (2, 4, 8) if n > r.gpus]
     full = max(8, r.gpus)
-    return [(r.nodes, n) for n in gpus] + [(n, full) for n in (2, 4, 8, 16, 32, 64, 128) if n > r.nodes]
+    more = [(r.nodes, n) for n in gpus] + [(n, full) for n in (2, 4, 8, 16, 32, 64, 128) if n > r.nodes]
+    return [{"nodes": nodes, "gpus": each} for nodes, each in more]
 
 
 def _distance(r: Request, layout: Layout) -> float:

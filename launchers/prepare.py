@@ -5,13 +5,14 @@ Everything is cached by content under `cache_folder()`, so that the second start
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion import nemo_folder
 from launchers.progress import bar
+from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 from recipes.models import EMBEDDED
@@ -48,9 +49,10 @@ def find(model: str) -> Checkpoint:
         path = _in_hub_cache(rest)
         if path is None:
             raise UserError(f"model={model}: neither a folder nor a model in Hugging Face's local cache")
-    needed = {"hf": "config.json", "nemo": "architecture.json"}.get(kind)
-    if needed and not (path / needed).is_file():
-        raise UserError(f"model={model}: {path} holds no {needed}")
+    if kind == "hf" and not (path / "config.json").is_file():
+        raise UserError(f"model={model}: {path} holds no config.json")
+    if kind == "nemo":
+        path = nemo_folder.find(path).folder
     return Checkpoint(model, kind, path)
 
 
@@ -80,12 +82,11 @@ def as_hf(checkpoint: Checkpoint) -> Path:
 
 def shape(checkpoint: Checkpoint) -> Architecture:
     """The checkpoint's architecture, from its configuration alone."""
-    folder = checkpoint.path if checkpoint.kind == "nemo" else _converted(as_hf(checkpoint))
-    if (folder / "architecture.json").is_file():
-        try:
-            return Architecture(**json.loads((folder / "architecture.json").read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{folder}/architecture.json cannot be read: {error}") from None
+    if checkpoint.kind == "nemo":
+        return nemo_folder.find(checkpoint.path).architecture
+    folder = _converted(as_hf(checkpoint))
+    if folder.is_dir():
+        return nemo_folder.read_architecture(folder)
     from conversion import families
     from conversion.hf_to_nemo import read_config
 
@@ -94,8 +95,8 @@ def shape(checkpoint: Checkpoint) -> Architecture:
 
 def tokenizer_folder(checkpoint: Checkpoint) -> Path:
     """The folder of the checkpoint's own tokenizer."""
-    folder = checkpoint.path / "tokenizer" if checkpoint.kind == "nemo" else as_hf(checkpoint)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+    folder = nemo_folder.find(checkpoint.path).tokenizer if checkpoint.kind == "nemo" else as_hf(checkpoint)
+    if folder is None or not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{checkpoint.source} has no tokenizer: give tokenizer=FOLDER")
     return folder
 
@@ -112,6 +113,19 @@ def weights(checkpoint: Checkpoint) -> Path:
         with bar(f"converting {source.name} for Megatron") as progress:
             convert(source, folder, progress=progress)
     return folder
+
+
+def describe(run_dir: Path, architecture: Architecture, tokenizer: Path, checkpoint: Checkpoint | None) -> None:
+    """Put into a run's folder which model its checkpoints are of, so that they convert and start other runs on their own."""
+    from conversion.atomic import new_folder
+
+    folder = run_dir / run_folder.MODEL
+    if folder.is_dir():
+        return
+    record = nemo_folder.find(weights(checkpoint)).record if checkpoint else {}
+    with new_folder(folder) as partial:
+        nemo_folder.write_description(partial, architecture, record)
+        nemo_folder.copy_tokenizer(tokenizer, partial / nemo_folder.TOKENIZER)
 
 
 def _converted(source: Path) -> Path:

@@ -14,9 +14,7 @@ import dataclasses
 import fcntl
 import os
 import shutil
-import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ if __name__ == "__main__":
 import recipes
 from launchers import grammar
 from launchers.worker import JOB
+from nemo_ext.command_line import ending
 from nemo_ext.errors import RunError, UserError, explain, free_bytes
 
 GIB = 2**30
@@ -39,52 +38,20 @@ FREE_TO_CHANGE = set(
 )
 
 
-class Stopped(BaseException):
-    """A signal that ends the command while it prepares or reports. While it trains, `local` handles signals."""
-
-
 def main(arguments: list[str]) -> int:
-    debug = "debug=true" in arguments
-    previous = signal.signal(signal.SIGTERM, _stop)
-    try:
+    with ending("debug=true" in arguments, "the same command goes on") as end:
         command = grammar.parse(arguments)
-        debug = command.debug
+        end.debug = command.debug
         if command.recipe is None:
             if command.keys or command.overrides:
                 raise UserError("recipe= is missing; run without arguments to list the recipes")
             list_recipes()
-            return 0
-        if command.help:
+        elif command.help:
             method, _ = recipes.split(command.recipe)
             print("\n".join(grammar.help_lines(command.recipe, method.defaults)))
-            return 0
-        return start(command)
-    except (UserError, RunError) as error:
-        return _fail(str(error), error.exit_code, debug)
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _fail(explain(error, Path.cwd()), 2, debug)
-    except (Stopped, KeyboardInterrupt) as error:
-        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
-        print(f"stopped by {signal.Signals(number).name} before training; the same command goes on", file=sys.stderr)
-        return 128 + number
-    except Exception as error:
-        return _fail(f"{explain(error, Path.cwd())} (debug=true shows where)", 1, debug)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise Stopped(number)
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+        else:
+            end.code = start(command)
+    return end.code
 
 
 def list_recipes() -> None:
@@ -141,6 +108,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
     if started_at < keys["steps"]:
         _check_disk(run_dir, planned, keys)
         weights = prepare.weights(checkpoint) if checkpoint and not found else None
+        prepare.describe(run_dir, architecture, tokenizer, checkpoint)
         grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
         run_folder.write_json(run_dir / run_folder.PLAN, planned.to_dict())
         job = {
@@ -390,6 +358,8 @@ def _check_disk(run_dir: Path, planned, keys: dict[str, Any]) -> None:
 
 
 def _facts(command: grammar.Command, keys: dict[str, Any], planned, text, started_at: int, run_dir: Path) -> dict[str, Any]:
+    from nemo_ext import run_folder
+
     newest = _newest_checkpoint(run_dir)
     return {
         "recipe": command.recipe,
@@ -399,7 +369,8 @@ def _facts(command: grammar.Command, keys: dict[str, Any], planned, text, starte
         "train_tokens": text.train_tokens,
         "heldout_tokens": text.heldout_tokens,
         "checkpoint": str(newest[1]) if newest else None,
-        "planned_memory": planned.memory.total / GIB,
+        "peak_memory": peak / GIB if (peak := run_folder.peak_memory(run_dir)) else None,
+        "planned_memory": (planned.memory.total if keys["device"] == "cpu" else planned.memory.allocated) / GIB,
     }
 
 

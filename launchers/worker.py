@@ -7,7 +7,6 @@ Started by torchrun (or a cluster's launcher) once a device, as `python -m launc
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,6 @@ from pathlib import Path
 from unittest import mock
 
 JOB = "job.json"  # what the launcher hands over: recipe, keys, overrides, shape and this machine's paths
-MEMORY_LINE = "peak GPU memory:"  # how the last line of a GPU rank's log begins; JSON follows
 LAUNCHER = "LLM_BUILDER_LAUNCHER"  # environment: the process id of a launcher on this machine
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
@@ -63,8 +61,7 @@ def train(job: dict, run_dir: Path) -> None:
                  checkpoint=job["checkpoint"])  # fmt: skip
     with _left_on_device():
         fdl.build(recipe)()
-    if torch.cuda.is_available():
-        _log_memory()
+    _write_memory(run_dir, int(os.environ.get("RANK", "0")))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -81,13 +78,19 @@ def _left_on_device() -> Iterator[None]:
         yield
 
 
-def _log_memory() -> None:
-    """Leave this process's GPU memory in its log, in bytes: torch's peaks, and what else of the device is in use at the end."""
+def _write_memory(run_dir: Path, rank: int) -> None:
+    """Leave what this process held at its peak beside its log, in bytes; on a GPU also what else of the device is in use."""
     import torch
 
-    free, total = torch.cuda.mem_get_info()
-    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    print(MEMORY_LINE, json.dumps({**peaks, "outside_torch": total - free - torch.cuda.memory_reserved()}), flush=True)
+    from nemo_ext import run_folder
+    from nemo_ext.platform import hardware
+
+    held = {"peak": hardware.peak_memory()}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        held["reserved"] = torch.cuda.max_memory_reserved()
+        held["outside_torch"] = total - free - torch.cuda.memory_reserved()
+    run_folder.write_json(run_folder.rank_memory(run_dir, rank), held)
 
 
 def die_with_parent() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ext import run_folder
+from nemo_ext.disk import write_atomic
 
 WARM_UP_STEPS = 2  # the first steps of a run (allocation, compilation, cold caches) say nothing about its speed
 
@@ -31,11 +32,11 @@ def write(run_dir: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
 
     `facts` is what metrics.jsonl cannot know; every key goes into the summary as it is. Keys that the text knows: `recipe`,
     `layout` (a dictionary such as {"tp": 2, "pp": 1, "dp": 1}), `resumed_from_step`, `checkpoint` (path), `parameters`,
-    `train_tokens` and `heldout_tokens`, `planned_memory` (GiB), `machine` (text), `wall_time` (seconds). Missing ones are left
-    out.
+    `train_tokens` and `heldout_tokens`, `peak_memory` of the fullest rank and `planned_memory` for it (GiB), `machine` (text),
+    `wall_time` (seconds). Missing ones are left out.
 
     Losses are nats per token, `tokens_per_s` is the median over the steps after the first two (all processes together),
-    `tflops` the same per GPU (or CPU process), `memory` the peak GiB of the rank that writes the metrics, `wall_time` seconds.
+    `tflops` the same per GPU (or CPU process), `memory` the peak GiB of the fullest rank, `wall_time` seconds.
     A value that was not measured is None.
     """
     run_dir = Path(run_dir)
@@ -52,7 +53,7 @@ def write(run_dir: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
         "plots": plots,
     }
     run_folder.write_json(run_dir / run_folder.SUMMARY_JSON, summary)
-    run_folder.write_atomic(run_dir / run_folder.SUMMARY_MD, _markdown(run_dir, summary))
+    write_atomic(run_dir / run_folder.SUMMARY_MD, _markdown(run_dir, summary))
     return summary
 
 
@@ -76,7 +77,7 @@ def summarise(steps: Sequence[dict], validations: Sequence[dict], facts: dict[st
         "tokens": int(steps[-1].get("tokens") or 0) if steps else 0,
         "tokens_per_s": _median(_numbers(steps[WARM_UP_STEPS:] or steps, "tokens_per_s")),
         "tflops": _median(_numbers(steps[WARM_UP_STEPS:] or steps, "tflops")),
-        "memory": max(_numbers(steps, "memory"), default=None),
+        "memory": facts.get("peak_memory") or max(_numbers(steps, "memory"), default=None),
         "wall_time": facts.get("wall_time", _wall_time(steps, validations)),
         "layout": facts.get("layout"),
         "resumed_from_step": facts.get("resumed_from_step") or 0,
@@ -244,7 +245,7 @@ def _write_plots(run_dir: Path, steps: Sequence[dict], validations: Sequence[dic
         if not points:
             (run_dir / path).unlink(missing_ok=True)  # of an earlier start
             continue
-        run_folder.write_atomic(run_dir / path, _plot(points, label, resumed_from_step, markers=name == "val_loss"))
+        write_atomic(run_dir / path, _plot(points, label, resumed_from_step, markers=name == "val_loss"))
         written.append(path)
     return written
 

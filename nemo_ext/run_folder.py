@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_ext.disk import write_atomic
+
 CONFIG = "config.yaml"
 PLAN = "plan.json"
 METRICS = "metrics.jsonl"
@@ -27,27 +29,13 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 PLOTS = "plots"
+MODEL = "model"  # which model the checkpoints are of: see conversion/nemo_folder.py
 MANIFEST = "files.json"  # in a checkpoint: its files and their sizes
 PARTIAL = ".partial"  # ends the name of a checkpoint that is being written or deleted
 DAMAGED = ".damaged"  # and of one that was found to be
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 PHASES = ("starting", "evaluating", "training", "saving", "finished", "stopped", "failed")
-
-
-def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
-    """Replace the file at `path` by `data` (text as UTF-8): beside it, synced, renamed. Readers see the old file or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:
@@ -96,6 +84,17 @@ def write_failure(
     """Say in status.json that this start of the run failed, unless another rank has said so before: the first one knows why."""
     if (read_status(run_dir) or {}).get("phase") != "failed":
         write_status(run_dir, "failed", step, max_steps, message, exit_code=exit_code, **more)
+
+
+def rank_memory(run_dir: str | os.PathLike, rank: int) -> Path:
+    """The file in which a rank leaves its peak memory: {"peak": bytes, ...}."""
+    return Path(run_dir) / LOGS / f"rank{rank}.memory.json"
+
+
+def peak_memory(run_dir: str | os.PathLike) -> int | None:
+    """Most bytes that any rank of the run's last start held at once; None where none has said."""
+    peaks = [held["peak"] for file in (Path(run_dir) / LOGS).glob("rank*.memory.json") if (held := read_json(file))]
+    return max(peaks, default=None)
 
 
 def parse_records(lines: Iterable[bytes]) -> list[dict]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_ext.architecture import Architecture
+from nemo_ext.command_line import check_choice
 from nemo_ext.errors import UserError
 from recipes import models
 from recipes.keys import TrainKeys, fields
@@ -96,7 +97,7 @@ def finish(keys: dict[str, Any]) -> dict[str, Any]:
     """Fill what follows from the number of steps. `keys["steps"]` must be known."""
     steps = keys["steps"]
     defaults = {
-        "warmup": min(max(1, round(0.03 * steps)), steps - 1),
+        "warmup": max(round(0.03 * steps), min(10, steps // 4), min(1, steps - 1)),
         "min_lr": keys["lr"] / 10,
         "every": min(500, steps // 10) if steps > 100 else steps // 2 if steps > 20 else steps,
         "val_every": max(1, steps // 10) if steps > 100 else max(1, steps // 2),
@@ -177,8 +178,7 @@ def _shares(keys: dict[str, Any]) -> None:
 
 def _choices(keys: dict[str, Any]) -> None:
     for name, field in fields().items():
-        if (choices := field.metadata["choices"]) and keys[name] is not None and keys[name] not in choices:
-            raise UserError(f"{name}={keys[name]} is none of {', '.join(choices)}")
+        check_choice(name, keys[name], field)
 
 
 __all__ = ["METHODS", "TrainKeys", "architecture", "bind", "finish", "load", "names", "resolve", "split"]

@@ -10,12 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-
-def key(default: Any, help: str, *, unit: str = "", path: str = "", choices: tuple = (), auto: str = "", group: str = "") -> Any:
-    """A field of the schema. `path`: the recipe's field that the key sets. `auto`: what None stands for, in words."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, unit=unit, path=path, choices=choices, auto=auto, group=group)
-    )
+from nemo_ext.command_line import key, keys_of
 
 
 @dataclass
@@ -68,7 +63,13 @@ class TrainKeys:
     min_lr: float | None = key(None, "learning rate at the end", path="optim.lr_scheduler.min_lr", auto="a tenth of lr")
     schedule: str = key("cosine", "learning rate after warm-up", choices=("cosine", "wsd", "linear", "constant"),
                         path="optim.lr_scheduler.schedule")  # fmt: skip
-    warmup: int | None = key(None, "warm-up", unit="steps", path="optim.lr_scheduler.warmup_steps", auto="3 % of the steps")
+    warmup: int | None = key(
+        None,
+        "warm-up",
+        unit="steps",
+        path="optim.lr_scheduler.warmup_steps",
+        auto="3 % of the steps, at least 10 or a quarter of a short run",
+    )
     decay: float = key(0.2, "share of the steps in which schedule=wsd falls", path="optim.lr_scheduler.decay_fraction")
     weight_decay: float = key(0.1, "decoupled weight decay; norms and biases have none", path="optim.config.weight_decay")
     beta1: float = key(0.9, "Adam's first-moment decay", path="optim.config.adam_beta1")
@@ -111,13 +112,9 @@ class TrainKeys:
     wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")
 
 
-TYPES = {"str | None": str, "int | None": int, "float | None": float, "bool | None": bool,
-         "str": str, "int": int, "float": float, "bool": bool, "Any": object}  # fmt: skip
-
-
 def fields() -> dict[str, dataclasses.Field]:
     """The schema by key name."""
-    return {f.name: f for f in dataclasses.fields(TrainKeys)}
+    return keys_of(TrainKeys)
 
 
 def key_of_path(path: str) -> str | None:

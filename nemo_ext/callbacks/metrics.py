@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_ext import run_folder
+from nemo_ext.disk import write_atomic
 from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
 from nemo_ext.platform import hardware
 
@@ -264,7 +265,7 @@ class _WandB:
         name = Path(run_dir).resolve().name
         known = Path(run_dir) / "wandb" / "id"
         identifier = known.read_text().strip() if step and known.exists() else wandb.util.generate_id()
-        run_folder.write_atomic(known, identifier + "\n")
+        write_atomic(known, identifier + "\n")
         self._run = wandb.init(project=project, name=name, id=identifier, dir=run_dir, resume="allow")
 
     def write(self, record: dict[str, Any]) -> None:

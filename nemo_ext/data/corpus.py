@@ -37,7 +37,7 @@ from nemo_ext.data.encoder import Encoder, IdsDiffer
 from nemo_ext.data.indexed import write_index
 from nemo_ext.data.readers import Block
 from nemo_ext.data.sources import Source
-from nemo_ext.disk import sync
+from nemo_ext.disk import sync, write_atomic
 from nemo_ext.errors import RunError, UserError
 
 FORMAT = 1  # part of the keys: raise it when the same input gives other files
@@ -230,7 +230,7 @@ def _build(
                     shutil.rmtree(partial)
                     raise
                 meta["key"] = key
-                _write_durably(partial / "corpus.json", json.dumps(meta, indent=2).encode())
+                write_atomic(partial / "corpus.json", json.dumps(meta, indent=2))
                 sync(partial)
                 if final.exists():  # a folder without corpus.json is not ours to trust
                     shutil.rmtree(final)
@@ -402,7 +402,7 @@ def _on_disk(source: Source, cache: Path) -> Source:
     path = cache / f"python-docs-{version}.jsonl"
     if not path.is_file():
         lines = [json.dumps({"title": title, "text": text}, ensure_ascii=False) for title, text in stdlib_docs.documents()]
-        _write_durably(path, ("\n".join(lines) + "\n").encode())
+        write_atomic(path, "\n".join(lines) + "\n")
     return dataclasses.replace(source, kind="files", files=(path,), chosen=True)
 
 
@@ -447,7 +447,7 @@ class _Fingerprints:
 
     def save(self) -> None:
         if self.changed:
-            _write_durably(self.path, json.dumps(self.known).encode())
+            write_atomic(self.path, json.dumps(self.known))
 
 
 # Results and refusals
@@ -542,14 +542,3 @@ def _durable(path: Path) -> Iterator:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """Write beside, to disk, and rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _durable(beside) as file:
-            file.write(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -7,28 +7,6 @@ import pytest
 from nemo_ext import run_folder
 
 
-def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path):
-    path = tmp_path / "new" / "file.txt"
-    run_folder.write_atomic(path, "one")
-    run_folder.write_atomic(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-
-
-def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file.txt"
-    run_folder.write_atomic(path, "old")
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_folder.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        run_folder.write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_read_records_sorts_keeps_last_and_passes_over_broken_lines(tmp_path):
     lines = [
         '{"step": 2, "loss": 2.0}',
@@ -142,3 +120,10 @@ def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.shutil, "rmtree", lambda folder: (folder / "weights" / "part").unlink())  # and no further
     run_folder.remove_checkpoint(path)
     assert run_folder.checkpoints(tmp_path) == [] and (tmp_path / "step-000008.partial").exists()
+
+
+def test_peak_memory_is_the_fullest_ranks(tmp_path):
+    assert run_folder.peak_memory(tmp_path) is None
+    for rank, peak in enumerate((5, 9, 7)):
+        run_folder.write_json(run_folder.rank_memory(tmp_path, rank), {"peak": peak})
+    assert run_folder.peak_memory(tmp_path) == 9

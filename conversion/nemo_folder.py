@@ -1,0 +1,100 @@
+"""What lies beside a Megatron distributed checkpoint and says which model it is.
+
+`architecture.json` is the shape (`Architecture.to_dict()`), `tokenizer/` the tokenizer with chat template and
+generation_config.json, `conversion.json` where the weights came from: source, hash, the original config.json. A converted
+folder holds them beside its `weights/`; a run's folder holds them once, under `model/`, for all its checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_ext import run_folder
+from nemo_ext.architecture import Architecture
+from nemo_ext.errors import UserError
+
+WEIGHTS = "weights"
+ARCHITECTURE = "architecture.json"
+RECORD = "conversion.json"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NemoCheckpoint:
+    """A NeMo checkpoint and the model it belongs to."""
+
+    folder: Path  # holds weights/
+    architecture: Architecture
+    tokenizer: Path | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # conversion.json; empty for a model trained from random weights
+
+    @property
+    def weights(self) -> Path:
+        """The Megatron distributed checkpoint."""
+        return self.folder / WEIGHTS
+
+
+def find(path: str | Path) -> NemoCheckpoint:
+    """The checkpoint at `path`: a converted folder, a run's folder (its newest checkpoint), or one checkpoint of a run.
+
+    Raises UserError for anything else, and where a description cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder")
+    if (path / run_folder.CHECKPOINTS).is_dir():
+        newest = run_folder.newest_checkpoint(path / run_folder.CHECKPOINTS)
+        if newest is None:
+            raise UserError(f"{path} is a run without a complete checkpoint")
+        return _described(newest[1], path / run_folder.MODEL)
+    if path.name.endswith((run_folder.PARTIAL, run_folder.DAMAGED)):
+        raise UserError(f"{path} is not a complete checkpoint: choose another of {path.parent}")
+    if run_folder.STEP_FOLDER.match(path.name) and path.absolute().parent.name == run_folder.CHECKPOINTS:
+        return _described(path, path.absolute().parents[1] / run_folder.MODEL)
+    return _described(path, path)
+
+
+def write_description(folder: Path, architecture: Architecture, record: dict[str, Any]) -> None:
+    """Put architecture.json and conversion.json into `folder`; the tokenizer is the caller's to copy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(folder / ARCHITECTURE, architecture.to_dict())
+    run_folder.write_json(folder / RECORD, record)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what belongs to a tokenizer, chat template and generation_config.json included, into a new `folder`."""
+    folder.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The `architecture.json` in `folder`; UserError if it is missing or not one."""
+    file = Path(folder) / ARCHITECTURE
+    if not file.is_file():
+        raise UserError(f"{folder} is no NeMo checkpoint of this project: it has no {ARCHITECTURE}")
+    try:
+        return Architecture(**json.loads(file.read_text()))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def _described(folder: Path, description: Path) -> NemoCheckpoint:
+    if not (folder / WEIGHTS / "metadata.json").is_file():
+        raise UserError(f"{folder} is no NeMo checkpoint: it has no {WEIGHTS}/metadata.json")
+    tokenizer = description / TOKENIZER
+    return NemoCheckpoint(
+        folder,
+        read_architecture(description),
+        tokenizer if tokenizer.is_dir() and any(tokenizer.iterdir()) else None,
+        run_folder.read_json(description / RECORD) or {},
+    )
