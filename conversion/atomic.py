@@ -1,60 +1,189 @@
-"""Folders that appear under their final name only when everything in them is on disk."""
+"""Folders that appear under their final name only when everything in them is on disk, and that go on after a kill.
+
+What is being written lies beside the final place in a hidden folder, `.NAME.unfinished`, with a journal of the files that are
+finished. The journal is locked as long as its writer lives, so that two of them never write one folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
+import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from nemo_ext.disk import sync, sync_tree
-from nemo_ext.errors import UserError
+from nemo_ext.errors import RunError, UserError, free_bytes, is_full
+
+JOURNAL = ".finished.jsonl"  # a line with the key, then a line per finished file
+GIB = 2**30
+
+
+class Unfinished:
+    """A folder that is not yet under its final name; `path` is where it is written, `final` where it will be."""
+
+    def __init__(self, path: Path, final: Path, journal: BinaryIO, finished: dict[str, dict[str, Any]]) -> None:
+        self.path, self.final = path, final
+        self._journal, self._finished = journal, finished
+        self.kept = False  # True: all is written, and no error that comes yet is about it
+
+    def finished(self, file: Path) -> dict[str, Any] | None:
+        """What `finish` was told of this file, also by an earlier process; None while it is not complete."""
+        return self._finished.get(self._name(file))
+
+    def finish(self, file: Path, **facts: Any) -> None:
+        """Flush a complete file to disk and note it with `facts` (JSON), so that it is not written again. Thread-safe."""
+        sync(file)
+        line = {"file": self._name(file), "bytes": file.stat().st_size, **facts}
+        self._journal.write(json.dumps(line).encode() + b"\n")  # unbuffered: one write call
+        os.fsync(self._journal.fileno())
+        self._finished[line["file"]] = line
+
+    @property
+    def any_finished(self) -> bool:
+        return bool(self._finished)
+
+    def check_space(self, sizes: dict[Path, int]) -> None:
+        """Raises UserError if the files of `sizes`, {file: bytes}, do not fit on the disk; finished ones are there already."""
+        needed = sum(size for file, size in sizes.items() if self.finished(file) is None)
+        free = free_bytes(self.path)
+        if needed > free:
+            there = sum(sizes.values()) - needed
+            besides = f" besides the {there / GIB:.2f} GiB that are converted" if there else ""
+            raise UserError(
+                f"{self.final} needs {needed / GIB:.2f} GiB{besides}, its disk has {free / GIB:.2f} GiB free: "
+                "make space or choose another place"
+            )
+
+    def check_sizes(self) -> None:
+        """Raises OSError unless every finished file still has the size it was finished with."""
+        for name, facts in self._finished.items():
+            if (size := (self.path / name).stat().st_size) != facts["bytes"]:
+                raise OSError(f"{name} has {size} bytes and not {facts['bytes']}: it changed while it was written")
+
+    def _name(self, file: Path) -> str:
+        return str(file.relative_to(self.path))
 
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder beside `final`; afterwards flush it to disk and rename it to `final`.
 
-    An exception removes the folder. A killed process leaves it under a hidden name with the host and process id, and
-    the next call for the same `final` on that host removes it. Raises UserError if `final` is there or cannot be made.
+    An exception removes the folder. A killed process leaves it under a hidden name, which the next call for the same `final`
+    takes away. Raises UserError if `final` is there, is being written by another process, or cannot be made.
+    """
+    with resumable_folder(final, "") as unfinished:
+        yield unfinished.path
+
+
+@contextlib.contextmanager
+def resumable_folder(final: Path, key: str) -> Iterator[Unfinished]:
+    """Like `new_folder`, for long work: files that were finished by an earlier call with the same `key` are still there.
+
+    `key` stands for everything that decides the content (see `fingerprint`); with another one, or an empty one, the folder
+    starts empty. UserError and RunError remove the folder, unless it is `kept`; a kill, a signal or a full disk keep what is
+    finished.
     """
     final = Path(final).absolute()
-    if final.exists() and not _is_empty_folder(final):
+    partial = final.parent / f".{final.name}.unfinished"
+    refuse_taken(final)
+    with contextlib.ExitStack() as stack:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(exist_ok=True)
+            journal = stack.enter_context(_locked(partial / JOURNAL, final))
+            unfinished = Unfinished(partial, final, journal, _resume(partial, journal, key))
+        except OSError as error:
+            raise UserError(f"cannot write in {final.parent}: {error.strerror or error}") from error
+        try:
+            refuse_taken(final)  # another process may have finished it just before this one took the lock
+            yield unfinished
+            unfinished.check_sizes()
+            sync_tree(partial)
+            if final.exists():
+                final.rmdir()
+            os.rename(partial, final)
+            (final / JOURNAL).unlink()
+            sync(final.parent)
+        except BaseException as error:
+            full = is_full(error, partial)
+            useful = unfinished.kept or not isinstance(error, (UserError, RunError))
+            if not (key and useful and unfinished.any_finished):
+                _remove(partial)
+            if full:
+                raise UserError(f"the disk of {final} is full: make space, the same command goes on") from error
+            if isinstance(error, OSError):
+                raise UserError(_explain(error, partial, final)) from error
+            raise
+
+
+def fingerprint(sources: Iterable[Path], *options: Any) -> str:
+    """A `key`: sha256 of the sources' names, sizes and modification times, and of `options` (what JSON or str can say)."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+    return hashlib.sha256(json.dumps([stats, options], default=str).encode()).hexdigest()
+
+
+def refuse_taken(final: Path) -> None:
+    """Raises UserError if there is something at `final` other than an empty folder."""
+    if final.is_symlink() or (final.exists() and not (final.is_dir() and next(final.iterdir(), None) is None)):
         raise UserError(f"{final} exists already: delete it or choose another folder")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(final)
-        partial = final.parent / f".{final.name}.partial-{socket.gethostname()}-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write in {final.parent}: {error.strerror or error}") from error
-    try:
-        yield partial
-        sync_tree(partial)
-        if final.exists():
-            final.rmdir()
-        os.rename(partial, final)
-        sync(final.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and next(path.iterdir(), None) is None
+@contextlib.contextmanager
+def _locked(journal: Path, final: Path) -> Iterator[BinaryIO]:
+    """The journal, open and locked; UserError where another process has it."""
+    with open(journal, "a+b", buffering=0) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.fstat(stream.fileno()).st_ino == journal.stat().st_ino  # else its holder has just moved it away
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise UserError(f"{final} is being written by another process: wait for it or choose another folder")
+        yield stream
 
 
-def _remove_orphans(final: Path) -> None:
-    prefix = f".{final.name}.partial-{socket.gethostname()}-"
-    for leftover in final.parent.glob(f"{_escape(prefix)}*"):
-        pid = leftover.name.removeprefix(prefix)
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+def _resume(partial: Path, journal: BinaryIO, key: str) -> dict[str, dict[str, Any]]:
+    """What an earlier process with this key has finished, {file name: facts}; everything else is removed from the folder."""
+    head, finished = json.dumps({"key": key}).encode(), {}
+    journal.seek(0)
+    content = journal.read()
+    lines = content.splitlines()
+    if key and lines[:1] == [head]:
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError, OSError):  # cut off by a kill; gone since
+                entry = json.loads(line)
+                if (partial / entry["file"]).stat().st_size == entry["bytes"]:
+                    finished[entry["file"]] = entry
+        if not content.endswith(b"\n"):
+            journal.write(b"\n")
+    else:
+        journal.truncate(0)
+        journal.write(head + b"\n")
+    for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir():
+            with contextlib.suppress(OSError):  # holds finished files
+                path.rmdir()
+        elif str(path.relative_to(partial)) not in {JOURNAL, *finished}:
+            path.unlink()
+    return finished
 
 
-def _escape(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+def _remove(partial: Path) -> None:
+    """Delete the folder, under another name, so that the next process can begin at once."""
+    doomed = partial.with_name(f"{partial.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        os.rename(partial, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _explain(error: OSError, partial: Path, final: Path) -> str:
+    """One line for a failed read or write; what lies in the partial folder is called by its final name."""
+    where = Path(error.filename) if isinstance(error.filename, str) else partial
+    if where.is_relative_to(partial):
+        return f"cannot write {final}: {error.strerror or error}"
+    return f"{where}: {error.strerror or error}"

@@ -12,63 +12,85 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from conversion import families, safetensors_io
-from conversion.atomic import new_folder
-from conversion.dist_checkpoint import Chunk, StoredTensor, write
+from conversion import dist_checkpoint, families, nemo_folder, safetensors_io, shards
+from conversion.atomic import fingerprint, resumable_folder
+from conversion.dist_checkpoint import Chunk, StoredTensor
+from conversion.dtypes import DTYPES, cast, parse
 from conversion.families import Family, Row
 from conversion.safetensors_io import TensorInfo
+from conversion.workers import Progress
 from nemo_ext.architecture import Architecture
-from nemo_ext.errors import UserError
+from nemo_ext.errors import RunError, UserError
 
-Progress = Callable[[int, int, str], None]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+Check = Callable[[Path], Any]  # of the finished folder, before it has its name; gives what conversion.json says of it
+BARE = "model."  # prefix of tensor names where the language model is not wrapped
 KEY_PREFIX = "module."  # the attribute of NeMo's GPTModel that holds Megatron's
 
 
-def convert(hf_dir: Path, out_dir: Path, *, dtype: str | None = None, progress: Progress | None = None, workers: int = 2) -> Path:
+def convert(
+    hf_dir: Path,
+    out_dir: Path,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    workers: int = 2,
+    check: Check | None = None,
+    source: str | None = None,
+) -> Path:
     """Convert the Hugging Face folder `hf_dir` into the NeMo folder `out_dir` and return that.
 
-    `dtype` is "float32", "bfloat16", "float16" or None to keep each tensor's own. `progress(done, total, "MB")` follows the
-    writing, which `workers` threads share, each with one Megatron tensor (of one layer) in memory.
+    `dtype` is "float32", "bfloat16", "float16" or None to keep each tensor's own. `progress(done, total, "B")` follows the
+    writing, which `workers` threads share, each with one Megatron tensor (of one layer) in memory. A conversion that was killed
+    goes on where it was, with any number of workers. `source` is what conversion.json calls the source.
 
     `out_dir` then has `weights/` (the distributed checkpoint), `architecture.json` (`Architecture.to_dict()`), `tokenizer/`
-    (with chat template and generation_config.json) and `conversion.json` (source, sha256 of its weights and configuration, its
-    config.json, dtypes, versions), and appears only when all is written. Raises UserError: unknown architecture, missing or
-    truncated shard, a missing, unexpected or ill-shaped tensor, weights that are not floating point, `out_dir` taken.
+    (with chat template and generation_config.json) and `conversion.json` (see docs/conversion.md), and appears only when all is
+    written and `check` has passed it. Raises UserError: unknown architecture, missing or truncated shard, a missing,
+    unexpected or ill-shaped tensor, weights that are not floating point or do not fit `dtype`, too small a disk, `out_dir` taken.
+
+    Not carried: buffers that follow from the configuration (rotary frequencies) and what a wrapped language model is wrapped
+    with (a vision tower). A copy of a tied embedding under the output's name is carried as the embedding, and written again by
+    an export.
     """
     hf_dir = Path(hf_dir)
     config = read_config(hf_dir)
     architecture, family = families.architecture(config), families.family_of(config)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
-    source = safetensors_io.open_folder(hf_dir)
-    tensors = _plan(family, architecture, source, DTYPES[dtype] if dtype else None, hf_dir)
+    target = parse(dtype)
+    stored = safetensors_io.open_folder(hf_dir)
+    prefix = families.base_prefix(family, stored)
+    names = tensor_names(family, architecture, stored, prefix, hf_dir)
+    tensors = _plan(family, architecture, stored, prefix, target, hf_dir)
 
-    with new_folder(out_dir) as folder:
-        (folder / "weights").mkdir()
-        write(folder / "weights", tensors, _extra_states(family, architecture), progress, workers)
-        (folder / "architecture.json").write_text(json.dumps(architecture.to_dict(), indent=2) + "\n")
-        _copy_tokenizer(hf_dir, folder / "tokenizer")
+    key = fingerprint(
+        _files(hf_dir, stored), "hf_to_nemo", dist_checkpoint.LIMITS, {key: (t.shape, t.dtype) for key, t in tensors.items()}
+    )
+    with resumable_folder(out_dir, key) as unfinished:
+        folder, weights = unfinished.path, unfinished.path / nemo_folder.WEIGHTS
+        dist_checkpoint.write(weights, tensors, _extra_states(family, architecture), progress, workers, unfinished)
+        _check_written(weights, tensors)
+        nemo_folder.copy_tokenizer(hf_dir, folder / nemo_folder.TOKENIZER)
         record = {
-            "source": str(hf_dir.absolute()),
-            "sha256": content_hash(hf_dir, source),
+            "source": source or str(hf_dir.absolute()),
+            "sha256": content_hash(hf_dir, stored),
+            "dtype": dtype,
             "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
             "versions": {package: importlib.metadata.version(package) for package in ("torch", "safetensors")},
+            "verified": False,
             "hf_config": config,
         }
-        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+        if prefix == BARE:
+            record["hf_files"] = shards.record(hf_dir, stored, {name: target or stored[name].dtype for name in names})
+        nemo_folder.write_description(folder, architecture, record)
+        unfinished.kept = True
+        if check:
+            nemo_folder.write_description(folder, architecture, record | {"verified": check(folder)})
     return Path(out_dir)
 
 
@@ -86,6 +108,12 @@ def read_config(hf_dir: Path) -> dict:
     return config
 
 
+def megatron_shape(row: Row, architecture: Architecture) -> tuple[int, ...]:
+    """The shape of one Megatron tensor of a row, without the axes along which a checkpoint stacks them."""
+    parts = [torch.empty(families.shape(symbols, architecture), device="meta") for symbols in row.hf.values()]
+    return tuple(row.layout.merge(architecture, parts).shape)
+
+
 def content_hash(hf_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
     """sha256 over the names and contents of config.json and the weight files."""
 
@@ -93,25 +121,31 @@ def content_hash(hf_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    files = [hf_dir / "config.json", *safetensors_io.files_of(tensors)]
+    files = _files(hf_dir, tensors)
     with ThreadPoolExecutor(4) as pool:
         lines = [f"{file.name} {value}" for file, value in zip(files, pool.map(digest, files), strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _files(hf_dir: Path, tensors: Mapping[str, TensorInfo]) -> list[Path]:
+    return [hf_dir / "config.json", *safetensors_io.files_of(tensors)]
+
+
 def _plan(
-    family: Family, architecture: Architecture, source: Mapping[str, TensorInfo], dtype: torch.dtype | None, hf_dir: Path
+    family: Family,
+    architecture: Architecture,
+    source: Mapping[str, TensorInfo],
+    prefix: str,
+    dtype: torch.dtype | None,
+    hf_dir: Path,
 ) -> dict[str, StoredTensor]:
     """{key: tensor} of the checkpoint, each chunk ready to be read; refuses a source that does not fit the architecture."""
-    prefix = families.base_prefix(family, source)
-    rows = family.rows_of(architecture)
-    _check_names(family, architecture, source, prefix, hf_dir)
     tensors = {}
-    for row in rows:
-        inputs = [list(_inputs(row, index, architecture, source, prefix, hf_dir)) for index in row.indices(architecture)]
-        stored = dtype or functools.reduce(torch.promote_types, {info.dtype for infos in inputs for info in infos})
-        meta = [torch.empty(info.shape, device="meta") for info in inputs[0]]
-        shape = tuple(row.layout.merge(architecture, meta).shape)
+    for row in family.rows_of(architecture):
+        inputs = [dict(row_tensors(row, index, architecture, source, prefix, hf_dir)) for index in row.indices(architecture)]
+        found = {info.dtype for infos in inputs for info in infos.values()}
+        stored = dtype or functools.reduce(torch.promote_types, found)
+        shape = megatron_shape(row, architecture)
         axes = tuple(row.axes(architecture).values())
         tensor = StoredTensor((*axes, *shape), stored)
         for index, infos in zip(row.indices(architecture), inputs, strict=True):
@@ -122,10 +156,10 @@ def _plan(
     return tensors
 
 
-def _inputs(
+def row_tensors(
     row: Row, index: dict[str, int], architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path
-) -> Iterator[TensorInfo]:
-    """Where the Hugging Face tensors of a row lie, checked for shape and kind."""
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Names of the Hugging Face tensors of a row and where they lie, checked for shape and kind."""
     for canonical, symbols in row.hf.items():
         name = families.hf_name(canonical, prefix).format(**index)
         info, expected = source[name], families.shape(symbols, architecture)
@@ -134,15 +168,18 @@ def _inputs(
         if info.dtype not in DTYPES.values():
             kind = str(info.dtype).removeprefix("torch.")
             raise UserError(f"{hf_dir}: tensor {name} is {kind}; only {', '.join(DTYPES)} convert (is the checkpoint quantized?)")
-        yield info
+        yield name, info
 
 
-def _read(row: Row, architecture: Architecture, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
-    return row.layout.merge(architecture, [info.read().to(dtype) for info in infos])
+def _read(row: Row, architecture: Architecture, infos: Mapping[str, TensorInfo], dtype: torch.dtype) -> torch.Tensor:
+    return row.layout.merge(architecture, [cast(info.read(), dtype, name) for name, info in infos.items()])
 
 
-def _check_names(family: Family, architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path) -> None:
-    """Refuse missing and unexpected tensors. A copy of a tied embedding under the output's name is accepted if equal."""
+def tensor_names(
+    family: Family, architecture: Architecture, source: Mapping[str, TensorInfo], prefix: str, hf_dir: Path
+) -> list[str]:
+    """The tensors of `source` that convert. Refuses missing and unexpected ones; a copy of a tied embedding under the output's
+    name is accepted if equal."""
     expected = {
         families.hf_name(canonical, prefix).format(**index)
         for row in family.rows_of(architecture)
@@ -158,10 +195,19 @@ def _check_names(family: Family, architecture: Architecture, source: Mapping[str
         if not torch.equal(source[output].read(), source[embedding].read()):
             raise UserError(f"{hf_dir} has {output} that differs from {embedding}, but config.json says tie_word_embeddings")
         unexpected.discard(output)
+        expected.add(output)
     if unexpected:
         raise UserError(
             f"{hf_dir} has {len(unexpected)} tensors that a {family.name} of its config.json has not, first {min(unexpected)}"
         )
+    return sorted(expected)
+
+
+def _check_written(weights: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Read the metadata back: every tensor with its shape, its chunks within the files."""
+    found = {key: (tensor.shape, tensor.dtype) for key, tensor in dist_checkpoint.read(weights).items()}
+    if found != {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}:
+        raise RunError(f"{weights} does not read back as it was written")
 
 
 def _extra_states(family: Family, architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -170,21 +216,12 @@ def _extra_states(family: Family, architecture: Architecture) -> dict[str, torch
     Transformer Engine keeps FP8 scales there; an empty byte tensor says there are none.
     """
     modules = {row.megatron.rsplit(".", 1)[0] for row in family.rows_of(architecture)}
-    modules -= {"embedding.word_embeddings", "output_layer"}  # Megatron's own modules, without state
+    modules -= {"embedding.word_embeddings", "output_layer", "decoder.layers.{i}.mlp.router"}  # Megatron's own, without state
     modules.add("decoder.layers.{i}.self_attention.core_attention")
     states = {}
-    for module in sorted(modules):
-        key = f"{KEY_PREFIX}{module.replace('.{i}', '')}._extra_state"
-        if "{i}" in module:
-            shards = [f"shard_{layer}_{architecture.num_layers}" for layer in range(architecture.num_layers)]
-        else:
-            shards = ["shard_0_1"]
-        states |= {f"{key}/{shard}": torch.empty(0, dtype=torch.uint8) for shard in shards}
+    for row in (Row({}, f"{module}._extra_state") for module in sorted(modules)):
+        sizes = ".".join(map(str, row.axes(architecture).values())) or "1"
+        for index in row.indices(architecture):
+            position = ".".join(map(str, index.values())) or "0"
+            states[f"{KEY_PREFIX}{row.key}/shard_{position}_{sizes}"] = torch.empty(0, dtype=torch.uint8)
     return states
-
-
-def _copy_tokenizer(hf_dir: Path, folder: Path) -> None:
-    folder.mkdir()
-    for name in TOKENIZER_FILES:
-        if (hf_dir / name).is_file():
-            shutil.copyfile(hf_dir / name, folder / name)

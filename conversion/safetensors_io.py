@@ -18,12 +18,15 @@ import torch
 
 from nemo_ext.errors import UserError
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMAT = {"format": "pt"}  # the metadata without which transformers refuses a file
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -56,30 +59,33 @@ class TensorInfo:
                 done += count
         return tensor
 
+    def write(self, tensor: torch.Tensor) -> None:
+        """Put the tensor at its place in a file that `create` has made. ValueError if dtype or shape are others."""
+        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
+            raise ValueError(f"{self.file}: got {tensor.dtype} {tuple(tensor.shape)}, announced {self.dtype} {self.shape}")
+        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        with open(self.file, "r+b", buffering=0) as stream:
+            stream.seek(self.offset)
+            done = 0
+            while done < self.nbytes:
+                done += stream.write(raw[done:])
+
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file; raises UserError if it is truncated or not safetensors."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            first = stream.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else MAX_HEADER_BYTES + 1
-            if length > MAX_HEADER_BYTES or 8 + length > size:
-                raise UserError(f"{file} is truncated or not a safetensors file: copy it again")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{file} has a corrupt safetensors header: copy it again") from error
+    header, start, size = _header(file)
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            begin, end = entry["data_offsets"]
-            info = TensorInfo(file, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: tensor {name} has an entry that is not understood: {entry}") from error
+            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            info = TensorInfo(file, start + begin, DTYPES[entry["dtype"]], shape)
+            understood = begin >= 0 and all(isinstance(n, int) and n >= 0 for n in shape)
+        except (KeyError, TypeError, ValueError):
+            understood = False
+        if not understood:
+            raise UserError(f"{file}: tensor {name} has an entry that is not understood: {entry}")
         if end - begin != info.nbytes:
             raise UserError(f"{file}: tensor {name} says {end - begin} bytes but its shape and dtype need {info.nbytes}")
         if info.offset + info.nbytes > size:
@@ -90,13 +96,37 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_metadata(file: Path) -> dict[str, str] | None:
+    """The `__metadata__` of one safetensors file, None where it has none."""
+    return _header(file)[0].get("__metadata__")
+
+
+def _header(file: Path) -> tuple[dict, int, int]:
+    """The JSON header, the byte at which the tensors begin, and the file's size."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            first = stream.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else MAX_HEADER_BYTES + 1
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise UserError(f"{file} is truncated or not a safetensors file: copy it again")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{file} has a corrupt safetensors header: copy it again")
+    return header, 8 + length, size
+
+
 def open_folder(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 
     Raises UserError naming a missing shard, a shard without a tensor that the index places in it, or a folder that only
     has pickled `.bin` weights.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -113,12 +143,12 @@ def open_folder(folder: Path) -> dict[str, TensorInfo]:
             if name not in tensors:
                 raise UserError(f"{folder / shard} lacks tensor {name}, which {index.name} places there: download it again")
         return tensors
-    single = folder / "model.safetensors"
+    single = folder / SINGLE
     if single.is_file():
         return read_header(single)
     if next(folder.glob("*.bin"), None) or next(folder.glob("*.pth"), None):
         raise UserError(f"{folder} has pickled .bin weights, which can run code: save it as safetensors first (save_pretrained)")
-    raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    raise UserError(f"{folder} has no {SINGLE} and no {INDEX}")
 
 
 def files_of(tensors: Mapping[str, TensorInfo]) -> list[Path]:
@@ -126,19 +156,26 @@ def files_of(tensors: Mapping[str, TensorInfo]) -> list[Path]:
     return sorted({info.file for info in tensors.values()})
 
 
-def write_file(file: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]) -> None:
-    """Write one safetensors file; `tensors` come in the order of `specs`, `{name: (dtype, shape)}`, one in memory at a time."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+def create(
+    file: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = FORMAT
+) -> dict[str, TensorInfo]:
+    """Make a safetensors file for the tensors of `specs`, {name: (dtype, shape)}, in that order; return where each is to be
+    written. Until then their bytes are zero."""
+    header: dict[str, dict] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in specs.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with open(file, "wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
-        for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
-            if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {dtype} {shape}")
-            stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        stream.truncate(8 + len(raw) + offset)
+    return read_header(file)
+
+
+def write_file(file: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]) -> None:
+    """Write one safetensors file; `tensors` come in the order of `specs`, `{name: (dtype, shape)}`, one in memory at a time."""
+    for info, tensor in zip(create(file, specs).values(), tensors, strict=True):
+        info.write(tensor)

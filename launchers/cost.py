@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launchers.memory import Layout, Request, element_bytes, stage_parameters
+from launchers.memory import Layout, Request, element_bytes, expert_parameters, stage_parameters
 from nemo_ext.architecture import Architecture
 
 
@@ -47,7 +47,8 @@ def step_seconds(architecture: Architecture, request: Request, layout: Layout) -
     elif layout.recompute == "full":
         again = layer
     else:
-        again = 2 * request.seq * a.attention_width if request.device == "cpu" else 6 * a.hidden_size * a.ffn_hidden_size
+        mlp = 2 * (a.active_mlps_per_layer * a.mlp_parameters + a.router_parameters)
+        again = 2 * request.seq * a.attention_width if request.device == "cpu" else mlp
     # The pipeline moves at the pace of its last stage, which has the output layer besides its share of the layers.
     operations = a.num_layers / pp * (3 * layer + again) + 3 * output
     efficiency = tokens / (tokens + m.small * tp)  # small and narrow products run below the machine's rate
@@ -60,6 +61,10 @@ def step_seconds(architecture: Architecture, request: Request, layout: Layout) -
     cp_link = m.within if tp * cp <= request.gpus else m.across
     keys_values = tokens * 2 * a.kv_width / tp * e
     communication += layers * 1.5 * (cp - 1) * keys_values / cp_link  # a ring, forward once and backward twice, half hidden
+    if layout.ep > 1:  # tokens travel to their experts and back, forward and backward
+        ep_link = m.within if tp * layout.ep <= request.gpus else m.across
+        sent = a.active_mlps_per_layer * message / tp * (layout.ep - 1) / layout.ep
+        communication += layers * (exchanges if request.device == "gpu" else 4) * sent / ep_link
 
     microbatches = layout.num_microbatches
     seconds = microbatches * (compute + communication) * (1 + (pp - 1) / (microbatches * vp))
@@ -68,7 +73,9 @@ def step_seconds(architecture: Architecture, request: Request, layout: Layout) -
         sends = 2 * vp * message / (tp if layout.sequence_parallel else 1) / pp_link
         seconds += microbatches * sends * (0.5 if vp > 1 else 1.0)  # the interleaved schedule hides about half
     replicas = layout.dp * cp
-    parameters = sum(stage_parameters(a, layout, 0)) * request.trainable
+    experts = expert_parameters(a, layout)  # a replica of them is ep times rarer
+    parameters = sum(stage_parameters(a, layout, 0)) - experts
     dp_link = m.across if request.nodes > 1 else m.within
-    reduction = (request.grad_bytes + e) * parameters * (replicas - 1) / replicas / dp_link
+    moved = parameters * (replicas - 1) / replicas + experts * (1 - layout.ep / replicas)
+    reduction = (request.grad_bytes + e) * moved * request.trainable / dp_link
     return seconds + max(0.0, reduction - compute)  # overlapped with one microbatch

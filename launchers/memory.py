@@ -132,6 +132,8 @@ def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> 
         others += a.norm_parameters
         if not (first and a.share_embeddings_and_output_weights):
             others += embedding
+        if a.add_output_bias:
+            others += a.padded_vocab_size / tp
     return linear, others
 
 
@@ -164,16 +166,20 @@ def saved_per_token(architecture: Architecture, request: Request, layout: Layout
     if request.device == "cpu":
         return _saved_per_token_cpu(a, request.seq, e, tp, shard, selective=recompute == "selective")
     linear = 1 if request.precision == "fp8" else e  # a linear layer keeps its input in the precision of its product
-    norms = 2 * (e + linear) * h / shard  # a norm keeps its input; the linear layer after it, the norm's output
+    shared = 1 if a.parallel_residual else 2  # norms before linear layers
+    norms = shared * (e + linear) * h / shard  # a norm keeps its input; the linear layer after it, the norm's output
     attention = (e * (2 * width + 2 * kv) + 4 * a.num_attention_heads) / tp  # q, k, v after RoPE, output; fp32 log-sum-exp
     if linear != e:
         attention += linear * width / tp  # the output projection's own copy of its input
-    if a.qk_layernorm:
+    if a.qk_layernorm or a.qk_layernorm_per_head:
         attention += e * (width + kv) / tp
+    if a.attn_logit_softcapping is not None:  # unfused: the capped scores, their softmax in fp32 and in this precision
+        attention += (2 * e + 4) * a.num_attention_heads * request.seq / tp
     if a.norms_per_layer == 4:  # inputs of the norms after attention and MLP
         norms += 2 * e * h / shard
     copies = a.active_mlps_per_layer
-    mlp = copies * (2 * e + linear) * ffn / tp  # input of the gated activation (two halves), and of the second linear layer
+    halves = 2 if a.gated_linear_unit else 1
+    mlp = copies * (halves * e + linear) * ffn / tp  # input of the activation (gated: two halves), and of the second linear layer
     if a.num_moe_experts is not None:
         norms += (e - linear) * h / shard  # the router keeps the norm's output as it is
         mlp += copies * linear * h  # and the experts a copy of each token, which tensor parallelism does not split
@@ -188,19 +194,21 @@ def _saved_per_token_cpu(a: Architecture, seq: int, e: int, tp: int, shard: int,
     """The same on a CPU: Megatron's own modules and torch's unfused operators.
 
     RMSNorm keeps its input, the normalised input and its output; attention the scores after softmax [heads, seq] and keys and
-    values repeated for every head; the gated activation both halves, its own two factors and its product; an expert its tokens and
-    the activation before it is weighted besides. `selective` recomputes attention from q, k and the projection they were split
-    from.
+    values repeated for every head; the gated activation both halves, its own two factors and its product; an expert also its
+    tokens and the activation before it is weighted. `selective` recomputes attention from q, k and the projection they were
+    split from.
     """
     h, width, kv, ffn = a.hidden_size, a.attention_width, a.kv_width, a.ffn_hidden_size
     norms = (a.norms_per_layer * (3 * h + 1)) / shard
     mixed = width + 2 * kv
-    qk_norm = 2 * width + kv + mixed if a.qk_layernorm else 0
+    normed = a.qk_layernorm or a.qk_layernorm_per_head
+    qk_norm = 2 * width + kv + mixed if normed else 0
     if selective:
-        attention = 2 * width + kv + (0 if a.qk_layernorm else mixed)
-    else:
-        attention = 4 * width + a.num_attention_heads * seq
-    mlp = 5 * ffn / tp if a.num_moe_experts is None else a.active_mlps_per_layer * (6 * ffn / tp + h)
+        attention = 2 * width + kv + (0 if normed else mixed)
+    else:  # scores that are capped are kept before the softmax too
+        attention = 4 * width + (1 if a.attn_logit_softcapping is None else 2) * a.num_attention_heads * seq
+    dense = (5 if a.gated_linear_unit else 3) * ffn / tp
+    mlp = dense if a.num_moe_experts is None else a.active_mlps_per_layer * (6 * ffn / tp + h)
     return e * (norms + (qk_norm + attention) / tp + mlp)
 
 
@@ -225,6 +233,8 @@ def logits_memory(architecture: Architecture, request: Request, layout: Layout) 
         per_logit = LOGIT_BYTES["unfused"]
     else:
         per_logit = LOGIT_BYTES[request.cross_entropy]
+    if architecture.final_logit_softcapping is not None:
+        per_logit += e  # the hyperbolic tangents, for their gradient
     weight_gradient = e * vocabulary * architecture.hidden_size  # before it is added to the gradient buffer
     return max(per_logit * tokens * vocabulary, e * tokens * vocabulary + weight_gradient)
 

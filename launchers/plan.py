@@ -8,6 +8,7 @@ the nearest one that works. Pure arithmetic: no torch, NeMo or Megatron.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ __all__ = ["RECOMPUTE_MODULES", "GiB", "Layout", "Memory", "Plan", "Request", "e
 HEADROOM = 0.9  # a chosen layout fills at most this share of the memory where it can; one asked for may fill it all
 MICROBATCH_TOKENS = 8192  # a chosen micro batch grows up to this; longer ones only cost memory
 CONTEXT_TOKENS = 8192  # a chosen context parallelism leaves each GPU at least this much of the sequence
-FREE = {"micro_batch": None, "tp": None, "pp": None, "vp": None, "cp": None, "sequence_parallel": None, "recompute": "auto"}
+SIZES = ("tp", "pp", "vp", "cp", "ep", "micro_batch")
+FREE = {**dict.fromkeys(SIZES), "sequence_parallel": None, "recompute": "auto"}
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -44,6 +46,7 @@ class Plan:
         layout, memory, request = self.layout, self.memory, self.request
         unit = "process" if request.device == "cpu" else "GPU"
         split = f"TP {layout.tp}  PP {layout.pp}  VP {layout.vp or '-'}  CP {layout.cp}  DP {layout.dp}"
+        split += f"  EP {layout.ep}" if layout.ep > 1 else ""
         split += f"  sequence parallel {'on' if layout.sequence_parallel else 'off'}  recompute {layout.recompute}"
         count = layout.num_microbatches
         batch = f"{request.global_batch} x {request.seq} tokens = {layout.dp} x {count} micro batch{'es' if count > 1 else ''}"
@@ -108,7 +111,7 @@ def plan(architecture: Architecture, request: Request) -> Plan:
 
 def _check_values(request: Request) -> None:
     """Refuse what no layout can mend."""
-    for name in ("nodes", "gpus", "gpu_memory", "seq", "global_batch", "micro_batch", "tp", "pp", "vp", "cp"):
+    for name in ("nodes", "gpus", "gpu_memory", "seq", "global_batch", *SIZES):
         value = getattr(request, name)
         if value is not None and value <= 0:
             raise UserError(f"{name}={value}: give a number above 0")
@@ -126,14 +129,15 @@ def _check_values(request: Request) -> None:
 
 
 def _problem(
-    a: Architecture, r: Request, tp: int, pp: int, vp: int | None, cp: int, sequence_parallel: bool, micro_batch: int
+    a: Architecture, r: Request, tp: int, pp: int, vp: int | None, cp: int, sequence_parallel: bool, micro_batch: int, ep: int
 ) -> tuple[str, str] | None:
     """The first rule that a layout breaks as (kind, text); None if it breaks none.
 
     Where each is asserted: heads, groups, layers: megatron/core/transformer/transformer_config.py; vocabulary:
     tensor_parallel/layers.py; world size, vp without pp: parallel_state.py; sequence parallel without tp:
     model_parallel_config.py; 2 cp: utils.py, get_batch_on_this_cp_rank; batch: num_microbatches_calculator.py; microbatches
-    by pp: pipeline_parallel/schedules.py; FP8's multiples of 8 and 16: transformer_engine/pytorch/utils.py,
+    by pp: pipeline_parallel/schedules.py; experts and ep: parallel_state.py and transformer/moe/moe_layer.py, which also wants
+    sequence parallelism with tp; FP8's multiples of 8 and 16: transformer_engine/pytorch/utils.py,
     assert_dim_for_fp8_exec.
     """
     world = r.nodes * r.gpus
@@ -158,6 +162,12 @@ def _problem(
         return "layout", "sequence_parallel=true needs tp above 1"
     if world % (tp * pp * cp):
         return "layout", f"tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp} does not divide nodes={r.nodes} x gpus={r.gpus} = {world}"
+    if ep > 1 and a.num_moe_experts is None:
+        return "layout", f"ep={ep} needs a mixture of experts"
+    if ep > 1 and a.num_moe_experts % ep:
+        return "layout", f"ep={ep} does not divide num_moe_experts={a.num_moe_experts}"
+    if world // (tp * pp) % ep:
+        return "layout", f"ep={ep} does not divide dp x cp = {world // (tp * pp)}, the processes that share an expert's work"
     if cp > 1 and r.seq % (2 * cp):
         return "seq", f"seq={r.seq} is not a multiple of 2 x cp = {2 * cp}"
     if sequence_parallel and r.seq // cp % tp:
@@ -177,13 +187,15 @@ def _problem(
     microbatches = r.global_batch // (micro_batch * dp)
     if vp is not None and microbatches % pp:
         return "batch", f"vp={vp} needs the number of micro batches, {microbatches}, as a multiple of pp={pp}"
+    if a.num_moe_experts is not None and tp > 1 and not sequence_parallel:
+        return "layout", f"tp={tp} with experts needs sequence parallelism"
     return None
 
 
 def _first_problem(a: Architecture, r: Request) -> tuple[str, str]:
     """Why no layout is left: the rule that what was given breaks, with 1 where nothing was given."""
     tp, vp = r.tp or 1, r.vp if r.vp != 1 else None
-    problem = _problem(a, r, tp, r.pp or 1, vp, r.cp or 1, bool(r.sequence_parallel), r.micro_batch or 1)
+    problem = _problem(a, r, tp, r.pp or 1, vp, r.cp or 1, bool(r.sequence_parallel), r.micro_batch or 1, r.ep or 1)
     return problem or ("layout", f"no layout of {r.nodes} x {r.gpus} keeps what was given")
 
 
@@ -196,18 +208,18 @@ def _layouts(a: Architecture, r: Request) -> Iterator[Layout]:
                 if world % (tp * pp * cp):
                     continue
                 dp = world // (tp * pp * cp)
-                for vp, parallel, micro in _finer(a, r, tp, pp, cp, dp):
-                    if _problem(a, r, tp, pp, vp, cp, parallel, micro):
+                for vp, parallel, micro, ep in _finer(a, r, tp, pp, cp, dp):
+                    if _problem(a, r, tp, pp, vp, cp, parallel, micro, ep):
                         continue
                     microbatches = r.global_batch // (micro * dp)
                     if r.pp is None and pp > microbatches:
                         continue
                     for recompute in RECOMPUTE if r.recompute == "auto" else (r.recompute,):
-                        yield Layout(tp, pp, vp, cp, dp, parallel, micro, microbatches, recompute)
+                        yield Layout(tp, pp, vp, cp, dp, parallel, micro, microbatches, recompute, ep)
 
 
-def _finer(a: Architecture, r: Request, tp: int, pp: int, cp: int, dp: int) -> Iterator[tuple[int | None, bool, int]]:
-    """Values to try of (vp, sequence parallel, micro batch) under one tp, pp, cp.
+def _finer(a: Architecture, r: Request, tp: int, pp: int, cp: int, dp: int) -> Iterator[tuple[int | None, bool, int, int]]:
+    """Values to try of (vp, sequence parallel, micro batch, ep) under one tp, pp, cp.
 
     Free chunks have two layers or more; on a CPU the smaller bubble does not pay for the extra messages over gloo.
     """
@@ -224,9 +236,8 @@ def _finer(a: Architecture, r: Request, tp: int, pp: int, cp: int, dp: int) -> I
         sizes = [r.micro_batch]
     else:
         sizes = [n for n in _powers(8) if n == 1 or n * r.seq / cp <= MICROBATCH_TOKENS]
-    for vp in chunks:
-        for micro in sizes:
-            yield vp, parallel, micro
+    experts = [r.ep] if r.ep else [n for n in range(1, dp * cp + 1) if dp * cp % n == 0 and (a.num_moe_experts or 1) % n == 0]
+    yield from itertools.product(chunks, [parallel], sizes, experts)
 
 
 def _powers(largest: int) -> list[int]:
@@ -253,8 +264,10 @@ def _best(a: Architecture, r: Request, layouts: list[Layout]) -> Layout | None:
 
 
 def _simplicity(layout: Layout) -> tuple:
-    """Sorts simpler layouts first: less model parallelism, no recomputation, fewer chunks, fewer micro batches."""
-    return (layout.tp * layout.pp * layout.cp, RECOMPUTE.index(layout.recompute), layout.vp or 1, -layout.micro_batch)
+    """Sorts simpler layouts first: less model parallelism, no recomputation, whole layers of experts, fewer chunks, fewer micro
+    batches."""
+    model = layout.tp * layout.pp * layout.cp
+    return (model, RECOMPUTE.index(layout.recompute), layout.ep, layout.vp or 1, -layout.micro_batch)
 
 
 def _nearest(a: Architecture, r: Request, kind: str) -> str:
@@ -321,7 +334,7 @@ def _machines(r: Request) -> list[dict[str, Any]]:
 def _distance(r: Request, layout: Layout) -> float:
     """How far a layout is from what was asked: doublings of each given size, less for switches."""
     total = 0.0
-    for name in ("tp", "pp", "vp", "cp", "micro_batch"):
+    for name in SIZES:
         asked = getattr(r, name)
         if asked is not None:
             total += abs(math.log2(asked / (getattr(layout, name) or 1)))
@@ -345,6 +358,8 @@ def _describe(r: Request, layout: Layout) -> str:
         words.append(f"vp={layout.vp or 1}")
     if r.cp is not None or layout.cp > 1:
         words.append(f"cp={layout.cp}")
+    if r.ep is not None or layout.ep > 1:
+        words.append(f"ep={layout.ep}")
     if r.micro_batch is not None and r.micro_batch != layout.micro_batch:
         words.append(f"micro_batch={layout.micro_batch}")
     if r.sequence_parallel not in (None, layout.sequence_parallel):
@@ -365,7 +380,7 @@ def _reasons(a: Architecture, r: Request, layout: Layout) -> list[str]:
     room = f"{r.gpu_memory / GiB:.0f} GiB"
     why = []
     model = layout.tp * layout.pp * layout.cp
-    given = [f"{name}={getattr(r, name)}" for name in ("tp", "pp", "vp", "cp", "micro_batch") if getattr(r, name) is not None]
+    given = [f"{name}={getattr(r, name)}" for name in SIZES if getattr(r, name) is not None]
     if given:
         why.append(f"given: {' '.join(given)}")
     whole = Layout(1, 1, None, 1, layout.dp * model, False, 1, layout.num_microbatches, "none")
@@ -389,6 +404,8 @@ def _reasons(a: Architecture, r: Request, layout: Layout) -> list[str]:
         why.append("sequence parallel: the same communication, and norms and residuals are stored once, not on every tensor rank")
     if layout.cp > 1 and r.cp is None:
         why.append(f"cp={layout.cp}: each GPU holds {r.seq // layout.cp:,} of {r.seq:,} tokens")
+    if layout.ep > 1 and r.ep is None:
+        why.append(f"ep={layout.ep}: each {what} holds {a.num_moe_experts // layout.ep} of a layer's {a.num_moe_experts} experts")
     if layout.pp > 1:
         bubble = (layout.pp - 1) / (layout.num_microbatches * (layout.vp or 1))
         chunks = f" in {layout.vp} chunks a stage" if layout.vp else ""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion import nemo_folder
-from launchers.progress import bar
+from conversion import hub_cache, nemo_folder
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
+from nemo_ext.progress import bar
 from recipes.models import EMBEDDED
 
 
@@ -46,7 +46,7 @@ def find(model: str) -> Checkpoint:
     if kind == "gguf" and not path.is_file():
         raise UserError(f"model={model}: there is no such file")
     if kind == "hf" and not path.is_dir():
-        path = _in_hub_cache(rest)
+        path = hub_cache.find(rest)
         if path is None:
             raise UserError(f"model={model}: neither a folder nor a model in Hugging Face's local cache")
     if kind == "hf" and not (path / "config.json").is_file():
@@ -54,17 +54,6 @@ def find(model: str) -> Checkpoint:
     if kind == "nemo":
         path = nemo_folder.find(path).folder
     return Checkpoint(model, kind, path)
-
-
-def _in_hub_cache(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def as_hf(checkpoint: Checkpoint) -> Path:
@@ -84,6 +73,10 @@ def shape(checkpoint: Checkpoint) -> Architecture:
     """The checkpoint's architecture, from its configuration alone."""
     if checkpoint.kind == "nemo":
         return nemo_folder.find(checkpoint.path).architecture
+    if checkpoint.kind == "gguf":
+        from conversion import gguf
+
+        return gguf.architecture(checkpoint.path)
     folder = _converted(as_hf(checkpoint))
     if folder.is_dir():
         return nemo_folder.read_architecture(folder)

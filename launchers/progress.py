@@ -6,10 +6,8 @@ for a job on a cluster. Imports neither torch nor NeMo.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +19,6 @@ from nemo_ext.report import duration, flops_text
 
 POLL_SECONDS = 0.2
 LINE_SECONDS = (10.0, 300.0)  # plain lines come at least and at most this far apart; a fiftieth of what is left, between
-BAR_LINE_SECONDS = 10.0
 PHASE_SECONDS = 5.0  # evaluating or saving gets a line of its own when it takes longer
 NARROW = 100  # columns; a terminal of fewer gets a shorter bar line
 
@@ -188,77 +185,3 @@ class _LineView:
 
     def _line(self, text: str) -> None:
         self._print(f"[{duration(time.monotonic() - self._started)}] {text}")
-
-
-class Counter:
-    """What `bar` hands out: call it with the amount done so far, or `advance` it."""
-
-    def __init__(self, update: Callable[[int, int | None, str | None], None]) -> None:
-        self._update = update
-        self._done = 0
-
-    def __call__(self, done: int, total: int | None = None, unit: str | None = None) -> None:
-        """`done` of `total` units; total and unit where they differ from what `bar` was told."""
-        self._done = done
-        self._update(done, total, unit)
-
-    def advance(self, amount: int = 1) -> None:
-        """`amount` more units are done."""
-        self(self._done + amount)
-
-
-@contextlib.contextmanager
-def bar(label: str, total: int | None = None, unit: str = "", console: Console | None = None) -> Iterator[Counter]:
-    """Progress of a preparation step: `with bar("tokenising", total, "documents") as progress: progress(done)`.
-
-    `total` None means unknown; bytes (unit "B") are shown as megabytes. In a log: a line every ten seconds and one at the end
-    with the time it took.
-    """
-    console = console or Console()
-    started = time.monotonic()
-    state = {"done": 0, "total": total, "unit": unit, "line": started}
-
-    def text() -> str:
-        done, total, elapsed = state["done"], state["total"], time.monotonic() - started
-        unit, scale = ("MB", 1e6) if state["unit"] == "B" else (state["unit"], 1)
-
-        def amount(number: float) -> str:
-            return f"{number / scale:,.{0 if scale == 1 else 1}f}"
-
-        parts = [f"{amount(done)}/{amount(total)} {unit}".rstrip() if total else f"{amount(done)} {unit}".rstrip()]
-        if done and elapsed > 1:
-            parts.append(f"{amount(done / elapsed)} {unit}/s".replace(" /s", "/s"))
-            if total and done < total:
-                parts.append(f"ETA {duration(elapsed / done * (total - done))}")
-        return "  ".join(parts)
-
-    def take(done: int, new_total: int | None, new_unit: str | None) -> None:
-        state.update(done=done, total=new_total or state["total"], unit=new_unit or state["unit"])
-
-    def finish() -> None:
-        console.print(
-            f"{label}: {text()} in {duration(time.monotonic() - started)}", markup=False, highlight=False, soft_wrap=True
-        )
-
-    if not console.is_terminal:
-
-        def line(*args: Any) -> None:
-            take(*args)
-            if time.monotonic() - state["line"] >= BAR_LINE_SECONDS:
-                state["line"] = time.monotonic()
-                console.print(f"{label}: {text()}", markup=False, highlight=False, soft_wrap=True)
-
-        yield Counter(line)
-        finish()
-        return
-
-    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=console, transient=True, refresh_per_second=5) as progress:
-        task = progress.add_task(label, total=total, figures="")
-
-        def draw(*args: Any) -> None:
-            take(*args)
-            progress.update(task, completed=state["done"], total=state["total"], figures=text())
-
-        yield Counter(draw)
-    finish()

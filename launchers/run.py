@@ -33,8 +33,8 @@ GIB = 2**30
 LOCK = ".lock"
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
-    "nodes gpus tp pp vp cp sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
-    "val_every tensorboard wandb out".split()
+    "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
+    "val_every tensorboard wandb out export".split()
 )
 
 
@@ -83,6 +83,7 @@ def start(command: grammar.Command) -> int:
     with _owned(run_dir):
         _check_same_run(run_dir, command.recipe, {k: v for k, v in keys.items() if v is not None}, command.overrides)
         if (summary := _complete(run_dir)) is not None:
+            _export(run_dir, keys)
             return _done(f"{run_dir} is complete at step {summary['steps']}", summary)
         return _run(command, keys, machine, run_dir)
 
@@ -131,7 +132,23 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
         summary = report.write(run_dir, _facts(command, keys, planned, text, started_at, run_dir))
     except OSError as error:
         raise RunError(f"the run is complete, its summary is not: {explain(error, run_dir)}") from error
+    _export(run_dir, keys)
     return _done("", summary)
+
+
+def _export(run_dir: Path, keys: dict[str, Any]) -> None:
+    """Convert the last checkpoint where `export=` asks for it, and compare what both models compute."""
+    from nemo_ext import run_folder
+
+    target = run_dir / run_folder.EXPORT
+    if keys["export"] is None or target.exists():
+        return
+    from conversion import convert
+
+    try:
+        convert.command(convert.Options(from_=f"nemo:{run_dir}", to=f"hf:{target}"))
+    except (UserError, RunError) as error:
+        raise RunError(f"the run is complete, its export is not: {error}") from error
 
 
 def _complete(run_dir: Path) -> dict[str, Any] | None:
@@ -156,6 +173,8 @@ def _check_machine(keys: dict[str, Any], machine) -> None:
     """Refuse what this machine cannot run; planning for another machine is allowed."""
     if keys["device"] == "gpu" and not machine.cuda:
         raise UserError("device=gpu: this machine has no CUDA device; plan=true plans for one")
+    if keys["export"] and not keys["keep"]:
+        raise UserError(f"export={keys['export']} converts the last checkpoint, and keep=0 saves none: keep=1")
     if keys["nodes"] > 1:
         raise UserError(f"nodes={keys['nodes']}: executor=local runs on one machine")
     available = len(machine.gpus) if keys["device"] == "gpu" else max(2, machine.cpu_count)
@@ -226,15 +245,15 @@ def _request(keys: dict[str, Any], machine):
         memory = min(gpu.memory_bytes for gpu in machine.gpus)
     else:
         raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
-    names = "nodes gpus seq global_batch micro_batch tp pp vp cp precision recompute distributed_optimizer device"
+    names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device"
     wanted = {name: keys[name] for name in names.split()}
     return Request(**wanted, gpu_memory=memory, sequence_parallel=keys["sp"], cross_entropy="te")
 
 
 def _planned_keys(planned) -> dict[str, Any]:
     layout = planned.layout
-    return {"tp": layout.tp, "pp": layout.pp, "vp": layout.vp or 1, "cp": layout.cp, "sp": layout.sequence_parallel,
-            "micro_batch": layout.micro_batch, "recompute": layout.recompute}  # fmt: skip
+    return {"tp": layout.tp, "pp": layout.pp, "vp": layout.vp or 1, "cp": layout.cp, "ep": layout.ep,
+            "sp": layout.sequence_parallel, "micro_batch": layout.micro_batch, "recompute": layout.recompute}  # fmt: skip
 
 
 def _brief(planned) -> str:

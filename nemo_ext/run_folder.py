@@ -29,6 +29,7 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 PLOTS = "plots"
+EXPORT = "hf"
 MODEL = "model"  # which model the checkpoints are of: see conversion/nemo_folder.py
 MANIFEST = "files.json"  # in a checkpoint: its files and their sizes
 PARTIAL = ".partial"  # ends the name of a checkpoint that is being written or deleted

@@ -134,7 +134,7 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
 
     cpu = platform.activate()
     keys = resolve(name, given, cuda=not cpu)
-    simplest = dict(gpus=1, tp=1, pp=1, vp=1, cp=1, micro_batch=1, steps=1000)
+    simplest = dict(gpus=1, tp=1, pp=1, vp=1, cp=1, ep=1, micro_batch=1, steps=1000)
     keys.update({k: v for k, v in simplest.items() if keys[k] is None})
     keys["sp"] = keys["tp"] > 1 if keys["sp"] is None else keys["sp"]
     keys = finish(keys)
@@ -158,7 +158,7 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 
 def _positive(keys: dict[str, Any]) -> None:
     for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp "
-                 "cp gpu_memory every val_every eps layer_decay").split():  # fmt: skip
+                 "cp ep gpu_memory every val_every eps layer_decay").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
     for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches"):

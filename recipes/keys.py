@@ -87,6 +87,8 @@ class TrainKeys:
         None, "virtual pipeline stages a device", path="trainer.strategy.virtual_pipeline_model_parallel_size", auto="planned"
     )
     cp: int | None = key(None, "context parallel size", path="trainer.strategy.context_parallel_size", auto="planned")
+    ep: int | None = key(None, "expert parallel size of a mixture of experts", path="trainer.strategy.expert_model_parallel_size",
+                         auto="planned; 1 for other models")  # fmt: skip
     sp: bool | None = key(None, "sequence parallelism", path="trainer.strategy.sequence_parallel", auto="on with tp above 1")
     recompute: str = key("auto", "activation recomputation", choices=("auto", "none", "selective", "full"))
     distributed_optimizer: bool = key(True, "shard optimizer states over data-parallel ranks",
@@ -108,6 +110,9 @@ class TrainKeys:
         None, "global batches of held-out text an evaluation reads; 0 evaluates nothing", path="data.val_batches",
         auto="8 on a GPU, 4 on a CPU",
     )  # fmt: skip
+    export: str | None = key(
+        None, "write the trained model into the run's folder: hf, a Hugging Face folder", choices=("hf",), auto="none"
+    )
     tensorboard: bool = key(True, "write TensorBoard event files")
     wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")
 

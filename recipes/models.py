@@ -61,6 +61,35 @@ def _qwen3(layers, hidden, ffn, heads, tied=False) -> Architecture:
     )  # fmt: skip
 
 
+def _mistral(layers, hidden, vocab, context) -> Architecture:
+    return Architecture(
+        "mistral", layers, hidden, 14336, 32, num_query_groups=8, vocab_size=vocab, kv_channels=128,
+        max_position_embeddings=context, rotary_base=1_000_000.0,
+    )  # fmt: skip
+
+
+def _gemma2(layers, hidden, ffn, heads, groups, head_dim=256, scale=256) -> Architecture:
+    return Architecture(
+        "gemma2", layers, hidden, ffn, heads, groups, vocab_size=256000, kv_channels=head_dim, layernorm_epsilon=1e-6,
+        share_embeddings_and_output_weights=True, softmax_scale=scale**-0.5, attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0, sliding_window=SlidingWindow(4096, every=2, rotary_base_local=None),
+    )  # fmt: skip
+
+
+def _stablelm2(layers, hidden, ffn, groups, large=False) -> Architecture:
+    return Architecture(
+        "stablelm", layers, hidden, ffn, 32, groups, vocab_size=100352, max_position_embeddings=4096, normalization="LayerNorm",
+        rotary_percent=0.25, add_qkv_bias=not large, parallel_residual=large, qk_layernorm_per_head=large,
+    )  # fmt: skip
+
+
+def _mixtral(layers, hidden, ffn, heads, context, aux_loss) -> Architecture:
+    return Architecture(
+        "mixtral", layers, hidden, ffn, heads, num_query_groups=8, vocab_size=32000, max_position_embeddings=context,
+        rotary_base=1_000_000.0, num_moe_experts=8, moe_router_topk=2, moe_aux_loss_coeff=aux_loss,
+    )  # fmt: skip
+
+
 SMOLLM2_135M = Architecture(
     "llama", 30, 576, 1536, 9, num_query_groups=3, vocab_size=49152, max_position_embeddings=8192,
     rotary_base=100_000.0, share_embeddings_and_output_weights=True,
@@ -69,6 +98,12 @@ SMOLLM2_135M = Architecture(
 PHI4 = Architecture(
     "phi3", 40, 5120, 17920, 40, num_query_groups=10, vocab_size=100352, max_position_embeddings=16384, rotary_base=250_000.0
 )
+
+PHI2 = Architecture(
+    "phi", 32, 2560, 10240, 32, num_query_groups=32, vocab_size=51200, max_position_embeddings=2048, normalization="LayerNorm",
+    rotary_percent=0.4, gated_linear_unit=False, add_bias_linear=True, add_output_bias=True,
+    parallel_residual=True,
+)  # fmt: skip
 
 # 24 layers, hidden 2048, 16 heads: 1.3 billion parameters at a vocabulary of 50,000
 CUSTOM_1B3 = Architecture(
@@ -80,8 +115,9 @@ CUSTOM_1B3 = Architecture(
 def _small(architecture: Architecture) -> Size:
     """A family's kind of decoder, small enough to train from scratch on a laptop, with the embedded tokenizer's vocabulary."""
     small = dict(num_layers=4, hidden_size=256, ffn_hidden_size=768, num_attention_heads=4, num_query_groups=2, kv_channels=64)
-    if architecture.sliding_window is not None:
-        small["sliding_window"] = replace(architecture.sliding_window, size=64, every=2, global_rope_factor=1.0)
+    if (window := architecture.sliding_window) is not None:
+        small["sliding_window"] = replace(window, size=64, every=min(window.every, 2), global_rope_factor=1.0)
+    if architecture.softmax_scale is not None:
         small["softmax_scale"] = small["kv_channels"] ** -0.5
     return Size(replace(architecture, **small, vocab_size=SMOLLM2_135M.vocab_size, max_position_embeddings=2048))
 
@@ -108,6 +144,32 @@ FAMILIES = {
         },
         "4b",
     ),
+    "gemma2": Family(
+        "Gemma 2",
+        {
+            "2b": Size(_gemma2(26, 2304, 9216, 8, 4), "google/gemma-2-2b"),
+            "9b": Size(_gemma2(42, 3584, 14336, 16, 8), "google/gemma-2-9b"),
+            "27b": Size(_gemma2(46, 4608, 36864, 32, 16, head_dim=128, scale=144), "google/gemma-2-27b"),
+        },
+        "2b",
+    ),
+    "mistral": Family(
+        "Mistral 7B v0.3 and Mistral Nemo",
+        {
+            "7b": Size(_mistral(32, 4096, 32768, 32768), "mistralai/Mistral-7B-v0.3"),
+            "12b": Size(_mistral(40, 5120, 131072, 128000), "mistralai/Mistral-Nemo-Base-2407"),
+        },
+        "7b",
+    ),
+    "stablelm2": Family(
+        "StableLM 2",
+        {
+            "1.6b": Size(_stablelm2(24, 2048, 5632, 32), "stabilityai/stablelm-2-1_6b"),
+            "12b": Size(_stablelm2(40, 5120, 13824, 8, large=True), "stabilityai/stablelm-2-12b"),
+        },
+        "1.6b",
+    ),
+    "phi2": Family("Phi-2", {"2.7b": Size(PHI2, "microsoft/phi-2")}, "2.7b"),
     "phi4": Family("Phi-4", {"14b": Size(PHI4, "microsoft/phi-4")}, "14b"),
     "qwen2.5": Family(
         "Qwen 2.5",
@@ -133,6 +195,14 @@ FAMILIES = {
             "32b": Size(_qwen3(64, 5120, 25600, 64), "Qwen/Qwen3-32B"),
         },
         "8b",
+    ),
+    "mixtral": Family(  # balancing losses of 0.02 and 0.001 in Hugging Face's count, which is not by layer
+        "Mixtral, eight experts",
+        {
+            "8x7b": Size(_mixtral(32, 4096, 14336, 32, 32768, 0.00125), "mistralai/Mixtral-8x7B-v0.1"),
+            "8x22b": Size(_mixtral(56, 6144, 16384, 48, 65536, 3.57142857143e-5), "mistralai/Mixtral-8x22B-v0.1"),
+        },
+        "8x7b",
     ),
     "custom": Family("a decoder of any depth, width and vocabulary", {"1b3": Size(CUSTOM_1B3)}, "1b3"),
 }

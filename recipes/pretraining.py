@@ -35,7 +35,9 @@ def build(keys: dict[str, Any], architecture: Architecture) -> run.Partial:
     seq, global_batch = keys["seq"], keys["global_batch"]
     return run.Partial(
         llm.pretrain,
-        model=model_config(architecture, seq, **_recompute(keys), **_pipeline(keys), cross_entropy_fusion_impl="te"),
+        model=model_config(
+            architecture, seq, **_recompute(keys, architecture), **_pipeline(keys), cross_entropy_fusion_impl="te"
+        ),
         data=run.Config(
             CorpusDataModule,
             blend=[],
@@ -69,6 +71,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
         pipeline_model_parallel_size=keys["pp"],
         virtual_pipeline_model_parallel_size=keys["vp"] if keys["vp"] and keys["vp"] > 1 else None,
         context_parallel_size=keys["cp"],
+        expert_model_parallel_size=keys["ep"],
         sequence_parallel=keys["sp"],
         pipeline_dtype=DTYPES[keys["precision"]],
         ddp=ddp,
@@ -159,12 +162,13 @@ def _optimizer(keys: dict[str, Any]) -> run.Config:
     return run.Config(MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"])
 
 
-def _recompute(keys: dict[str, Any]) -> dict[str, Any]:
+def _recompute(keys: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     if keys["recompute"] == "full":
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if keys["recompute"] == "selective":
         # fused attention keeps no scores to recompute; unfused attention on a CPU does
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn" if keys["device"] == "cpu" else "mlp"])
+        mlp = "mlp" if architecture.num_moe_experts is None else "moe"
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn" if keys["device"] == "cpu" else mlp])
     return {}
 
 

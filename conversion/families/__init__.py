@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from conversion.families.gemma import GEMMA3
+from conversion.families.gemma import GEMMA2, GEMMA3
 from conversion.families.llama import LLAMA
-from conversion.families.phi import PHI3
+from conversion.families.mistral import MISTRAL
+from conversion.families.mixtral import MIXTRAL
+from conversion.families.phi import PHI, PHI3
 from conversion.families.qwen import QWEN2, QWEN3
+from conversion.families.stablelm import STABLELM
 from conversion.families.table import Config, Family, Row, shape
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 
 __all__ = ["FAMILIES", "Family", "Row", "architecture", "base_prefix", "family_of", "hf_config", "hf_name", "shape"]
 
-FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3, PHI3, GEMMA3)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, GEMMA2, GEMMA3, STABLELM, MIXTRAL)}
 
 # transformers' common defaults; sizes of a model are never guessed
 _DEFAULTS = {"tie_word_embeddings": False, "initializer_range": 0.02, "rms_norm_eps": 1e-6}
@@ -54,7 +57,7 @@ def architecture(hf_config: Config) -> Architecture:
             vocab_size=config["vocab_size"],
             kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
             max_position_embeddings=config["max_position_embeddings"],
-            layernorm_epsilon=config["rms_norm_eps"],
+            layernorm_epsilon=config[family.epsilon],
             share_embeddings_and_output_weights=config["tie_word_embeddings"],
             init_method_std=config["initializer_range"],
             **family.read(config),
@@ -95,7 +98,7 @@ def hf_config(
         "head_dim": a.kv_channels,
         "vocab_size": a.vocab_size,
         "max_position_embeddings": a.max_position_embeddings,
-        "rms_norm_eps": a.layernorm_epsilon,
+        family.epsilon: a.layernorm_epsilon,
         "tie_word_embeddings": a.share_embeddings_and_output_weights,
         "initializer_range": a.init_method_std,
         "torch_dtype": torch_dtype,

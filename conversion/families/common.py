@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from conversion.families.table import Config, Row
 from conversion.layout import FUSED_QKV, GATE_UP, QKV, VOCABULARY
-from nemo_ext.architecture import Architecture
+from nemo_ext.architecture import Architecture, SlidingWindow
 from nemo_ext.errors import UserError
 
 LAYER = "model.layers.{i}."
@@ -15,6 +16,12 @@ DECODER = "decoder.layers.{i}."
 
 def untied(a: Architecture) -> bool:
     return not a.share_embeddings_and_output_weights
+
+
+def bias_of(weight: Row, when: Callable[[Architecture], bool] | None = None) -> Row:
+    """The row of the biases that go with a row of weights, of a linear layer or a norm."""
+    hf = {f"{name.removesuffix('weight')}bias": symbols.split()[0] for name, symbols in weight.hf.items()}
+    return Row(hf, f"{weight.megatron.removesuffix('weight')}bias", weight.layout, when or weight.when)
 
 
 EMBEDDING = Row({"model.embed_tokens.weight": "vocab h"}, "embedding.word_embeddings.weight", VOCABULARY)
@@ -29,13 +36,10 @@ QKV_WEIGHT = Row(
     f"{DECODER}self_attention.linear_qkv.weight",
     QKV,
 )
-QKV_BIAS = Row(
-    {f"{LAYER}self_attn.q_proj.bias": "q", f"{LAYER}self_attn.k_proj.bias": "kv", f"{LAYER}self_attn.v_proj.bias": "kv"},
-    f"{DECODER}self_attention.linear_qkv.bias",
-    QKV,
-)
+QKV_BIAS = bias_of(QKV_WEIGHT)
 QKV_FUSED = Row({f"{LAYER}self_attn.qkv_proj.weight": "qkv h"}, f"{DECODER}self_attention.linear_qkv.weight", FUSED_QKV)
 ATTENTION_NORM = Row({f"{LAYER}input_layernorm.weight": "h"}, f"{DECODER}self_attention.linear_qkv.layer_norm_weight")
+PARALLEL_NORM = Row({f"{LAYER}input_layernorm.weight": "h"}, f"{DECODER}input_layernorm.weight")  # of attention and MLP
 ATTENTION_OUTPUT = Row({f"{LAYER}self_attn.o_proj.weight": "h q"}, f"{DECODER}self_attention.linear_proj.weight")
 Q_NORM = Row({f"{LAYER}self_attn.q_norm.weight": "d"}, f"{DECODER}self_attention.q_layernorm.weight")
 K_NORM = Row({f"{LAYER}self_attn.k_norm.weight": "d"}, f"{DECODER}self_attention.k_layernorm.weight")
@@ -82,3 +86,35 @@ def no_window(config: Config) -> None:
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is not None and window < config["max_position_embeddings"]:
         raise UserError(f"config.json has sliding_window={window}; this family converts to NeMo with full attention only")
+
+
+def uniform_window(config: Config) -> SlidingWindow | None:
+    """The window of every layer, or None where there is none or it is no shorter than the context."""
+    size = config.get("sliding_window")
+    cuts = size is not None and size < config["max_position_embeddings"]
+    return SlidingWindow(size, every=0, rotary_base_local=None) if cuts else None
+
+
+def uniform_window_config(a: Architecture) -> dict[str, Any]:
+    return {"sliding_window": a.sliding_window.size if a.sliding_window else None}
+
+
+def periodic_window(config: Config) -> int:
+    """Every how many layers one is global: from layer_types, or the number that older files have in its place."""
+    layers = config["num_hidden_layers"]
+    types = config.get("layer_types")
+    if not types:
+        return config.get("_sliding_window_pattern", config["sliding_window_pattern"])
+    every = next((i for i, kind in enumerate(types, 1) if kind == "full_attention"), layers + 1)
+    if list(types) != layer_types(layers, every):
+        raise UserError("config.json has layer_types without a period; NeMo's Gemma has every n-th layer global")
+    return every
+
+
+def layer_types(layers: int, every: int) -> list[str]:
+    return ["sliding_attention" if i % every else "full_attention" for i in range(1, layers + 1)]
+
+
+def rotary_percent(config: Config) -> dict[str, Any]:
+    """The rotated share of each head, which transformers 5 keeps among the RoPE settings."""
+    return {"rotary_percent": float(rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))}

@@ -1,4 +1,4 @@
-"""Gemma 3: the text model, alone or wrapped with a vision tower."""
+"""Gemma 2, and Gemma 3's text model, alone or wrapped with a vision tower."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from conversion.families.common import (
     OUTPUT,
     Q_NORM,
     QKV_WEIGHT,
+    layer_types,
+    periodic_window,
+    plain_rope,
+    plain_rope_config,
     refuse,
     rope,
 )
@@ -26,27 +30,41 @@ from nemo_ext.errors import UserError
 
 # Gemma normalises after attention and MLP as well. Its norms store gamma - 1, and so does Megatron with
 # layernorm_zero_centered_gamma: the values stay as they are.
-GEMMA3_ROWS = (
-    EMBEDDING, ATTENTION_NORM, QKV_WEIGHT, Q_NORM, K_NORM, ATTENTION_OUTPUT,
+GEMMA2_ROWS = (
+    EMBEDDING, ATTENTION_NORM, QKV_WEIGHT, ATTENTION_OUTPUT,
     Row({f"{LAYER}post_attention_layernorm.weight": "h"}, f"{DECODER}self_attention.linear_proj.post_layernorm.weight"),
     Row({f"{LAYER}pre_feedforward_layernorm.weight": "h"}, f"{DECODER}mlp.linear_fc1.layer_norm_weight"),
     FC1, FC2,
     Row({f"{LAYER}post_feedforward_layernorm.weight": "h"}, f"{DECODER}mlp.linear_fc2.post_layernorm.weight"),
     FINAL_NORM, OUTPUT,
 )  # fmt: skip
+GEMMA3_ROWS = (*GEMMA2_ROWS, Q_NORM, K_NORM)
+
+
+def _read_gemma2(config: Config) -> dict[str, Any]:
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        refuse(config, key, False)
+    refuse(config, "hidden_activation", "gelu_pytorch_tanh")
+    every = periodic_window(config)
+    return plain_rope(config) | {
+        "softmax_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
+        "sliding_window": SlidingWindow(config["sliding_window"], every, rotary_base_local=None),
+        "attn_logit_softcapping": config["attn_logit_softcapping"],
+        "final_logit_softcapping": config["final_logit_softcapping"],
+    }
+
+
+def _write_gemma2(a: Architecture) -> dict[str, Any]:
+    return _write_gemma(a) | {
+        "attn_logit_softcapping": a.attn_logit_softcapping,
+        "final_logit_softcapping": a.final_logit_softcapping,
+    } | plain_rope_config(a)  # fmt: skip
 
 
 def _read_gemma3(config: Config) -> dict[str, Any]:
     for key in ("attention_bias", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         refuse(config, key, False)
     refuse(config, "hidden_activation", "gelu_pytorch_tanh")
-    layers = config["num_hidden_layers"]
-    every = config.get("_sliding_window_pattern", config["sliding_window_pattern"])
-    types = config.get("layer_types")
-    if types:
-        every = next((i for i, kind in enumerate(types, 1) if kind == "full_attention"), layers + 1)
-        if list(types) != _gemma3_layer_types(layers, every):
-            raise UserError("config.json has layer_types without a period; NeMo's Gemma 3 has every n-th layer global")
     positions = rope(config)
     refuse(positions, "rope_type", "default", "linear")
     by_kind = "sliding_attention" in (config.get("rope_parameters") or {})
@@ -57,30 +75,39 @@ def _read_gemma3(config: Config) -> dict[str, Any]:
         "softmax_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
         "sliding_window": SlidingWindow(
             size=config["sliding_window"],
-            every=every,
+            every=periodic_window(config),
             rotary_base_local=float(local),
             global_rope_factor=float(positions.get("factor", 1.0)),
         ),
     }
 
 
-def _write_gemma3(a: Architecture) -> dict[str, Any]:
-    window = a.sliding_window
-    if window is None or a.softmax_scale is None:
-        raise UserError("a gemma3 architecture needs sliding_window and softmax_scale")
-    factor = window.global_rope_factor
+def _write_gemma(a: Architecture) -> dict[str, Any]:
+    if a.sliding_window is None or a.softmax_scale is None:
+        raise UserError(f"a {a.family} architecture needs sliding_window and softmax_scale")
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _whole(a.softmax_scale**-2),
-        "sliding_window": window.size,
+        "sliding_window": a.sliding_window.size,
+        "layer_types": layer_types(a.num_layers, a.sliding_window.every),
+    }
+
+
+def _write_gemma3(a: Architecture) -> dict[str, Any]:
+    written, window = _write_gemma(a), a.sliding_window
+    factor = window.global_rope_factor
+    return written | {
         "sliding_window_pattern": window.every,
-        "layer_types": _gemma3_layer_types(a.num_layers, window.every),
         "rope_theta": a.rotary_base,
         "rope_local_base_freq": window.rotary_base_local,
         "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
     }
 
 
+# Gemma 2's published files leave these out
+_GEMMA2_DEFAULTS = {
+    "tie_word_embeddings": True, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
 # Gemma 3's published files with a vision part leave these out
 _GEMMA3_DEFAULTS = {
     "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True,
@@ -89,15 +116,12 @@ _GEMMA3_DEFAULTS = {
 }  # fmt: skip
 
 
-def _gemma3_layer_types(layers: int, every: int) -> list[str]:
-    return ["sliding_attention" if i % every else "full_attention" for i in range(1, layers + 1)]
-
-
 def _whole(value: float) -> int | float:
     """An integer where the value is one up to rounding."""
     return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 
+GEMMA2 = Family("gemma2", ("gemma2",), "Gemma2ForCausalLM", GEMMA2_ROWS, _read_gemma2, _write_gemma2, defaults=_GEMMA2_DEFAULTS)
 GEMMA3 = Family(
     "gemma3",
     ("gemma3_text", "gemma3"),

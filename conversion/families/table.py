@@ -1,12 +1,13 @@
 """What a family's table is made of: rows of tensor names, and how its configuration reads and is written.
 
 A row says which Hugging Face tensors make one Megatron tensor and with which layout. Megatron's names are those of Transformer
-Engine's modules, which NeMo's checkpoints have; `{i}` is the layer and `{e}` the expert.
+Engine's modules, which NeMo's checkpoints have; `{i}` is the layer, `{e}` the expert, `{q}` the query's and `{k}` the key's head.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,9 @@ class Row:
     when: Callable[[Architecture], bool] = lambda architecture: True
 
     def axes(self, architecture: Architecture) -> dict[str, int]:
-        """The axes along which a checkpoint stacks this row's tensors, outermost first: {"i": layers, "e": experts}."""
-        sizes = {"i": architecture.num_layers}
+        """The axes along which a checkpoint stacks this row's tensors, outermost first, such as {"i": layers, "e": experts}."""
+        sizes = {"i": architecture.num_layers, "e": architecture.num_moe_experts or 0}
+        sizes |= {"q": architecture.num_attention_heads, "k": architecture.num_query_groups}
         return {axis: size for axis, size in sizes.items() if f"{{{axis}}}" in self.megatron}
 
     def indices(self, architecture: Architecture) -> Iterator[dict[str, int]]:
@@ -39,8 +41,8 @@ class Row:
 
     @property
     def key(self) -> str:
-        """The name under which a checkpoint stacks the tensors of all layers and experts."""
-        return self.megatron.replace(".{i}", "").replace(".{e}", "")
+        """The name under which a checkpoint stacks the tensors of all layers, experts and heads."""
+        return re.sub(r"\.\{[ieqk]\}", "", self.megatron)
 
 
 def shape(symbols: str, a: Architecture) -> tuple[int, ...]:
@@ -48,6 +50,7 @@ def shape(symbols: str, a: Architecture) -> tuple[int, ...]:
     sizes = {
         "h": a.hidden_size, "ffn": a.ffn_hidden_size, "2ffn": 2 * a.ffn_hidden_size, "vocab": a.vocab_size,
         "q": a.attention_width, "kv": a.kv_width, "qkv": a.attention_width + 2 * a.kv_width, "d": a.kv_channels,
+        "experts": a.num_moe_experts,
     }  # fmt: skip
     return tuple(sizes[symbol] for symbol in symbols.split())
 
@@ -65,6 +68,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' values for what a config.json may leave out
     text_config: bool = False  # the language model may be wrapped with a vision part, under text_config
     prefixes: tuple[str, ...] = ("model.",)  # what stands for "model." in the checkpoints of the wrapped form
+    epsilon: str = "rms_norm_eps"  # config.json's key of the norms' epsilon
     ignored: tuple[str, ...] = field(default=(".rotary_emb.inv_freq",))  # parts of names of tensors that are not weights
 
     def rows_of(self, architecture: Architecture) -> list[Row]:

@@ -13,7 +13,7 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -66,7 +66,7 @@ def batches(block: Block, text_key: str) -> Iterator[list[str]]:
 
     Raises UserError, naming file and line, for bytes that are not UTF-8, broken JSON and rows without text under `text_key`.
     """
-    read = {"texts": _read_texts, "lines": _read_lines, "data": _read_data, "group": _read_group, "rows": _read_rows}[block.kind]
+    read = {"texts": _read_texts, "lines": _read_lines, "data": _read_lines, "group": _read_group, "rows": _read_rows}[block.kind]
     batch: list[str] = []
     size = 0
     for text in read(block, text_key):
@@ -159,7 +159,15 @@ def _compressed_blocks(path: Path, size: int) -> Iterator[Block]:
 
 
 def _read_lines(block: Block, text_key: str) -> Iterator[str]:
+    data, first_line = lines_of(block)
+    yield from _parse_lines(data, block.files[0], text_key, first_line)
+
+
+def lines_of(block: Block) -> tuple[bytes, Callable[[], int]]:
+    """The whole lines of a block of kind "lines" or "data", and what counts the number of the first one."""
     path = block.files[0]
+    if block.kind == "data":
+        return block.data, lambda: block.start
     with open(path, "rb") as file:
         if block.start:
             file.seek(block.start - 1)
@@ -168,11 +176,7 @@ def _read_lines(block: Block, text_key: str) -> Iterator[str]:
         data = file.read(max(0, block.stop - begin))
         if data and not data.endswith(b"\n"):
             data += file.readline()
-    yield from _parse_lines(data, path, text_key, lambda: 1 + _count_lines(path, begin))
-
-
-def _read_data(block: Block, text_key: str) -> Iterator[str]:
-    yield from _parse_lines(block.data, block.files[0], text_key, lambda: block.start)
+    return data, lambda: 1 + _count_lines(path, begin)
 
 
 def _parse_lines(data: bytes, path: Path, text_key: str, first_line) -> Iterator[str]:
@@ -250,7 +254,7 @@ def _group_blocks(path: Path, text_key: str) -> Iterator[Block]:
         yield Block("group", (path,), size // metadata.num_row_groups, start=group)
 
 
-def _parquet(path: Path, text_key: str):
+def _parquet(path: Path, text_key: str | None = None):
     import pyarrow
     import pyarrow.parquet
 
@@ -259,6 +263,8 @@ def _parquet(path: Path, text_key: str):
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
     names = file.schema_arrow.names
+    if text_key is None:
+        return file
     if text_key not in names:
         raise UserError(f'{path}: no column "{text_key}": the columns are {", ".join(names)}; choose one with text_key=')
     kind = file.schema_arrow.field(text_key).type

@@ -12,11 +12,20 @@ from typing import Literal
 
 from nemo_ext.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
-LINES_SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = {
+    "text": (".txt", ".text", ".md", ".markdown", ".rst"),
+    "lines": (".jsonl", ".ndjson"),
+    "array": (".json",),
+    "table": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+}
 COMPRESSIONS = (".gz", ".zst")
-PARQUET_SUFFIXES = (".parquet",)
-KNOWN = "text (.txt .md .rst), .jsonl (these also .gz or .zst) or .parquet"
+DOCUMENTS = ("text", "lines", "parquet")  # kinds of files that hold texts
+RECORDS = ("lines", "array", "table", "parquet")  # kinds of files that hold records of several fields
+KNOWN = {
+    DOCUMENTS: "text (.txt .md .rst), .jsonl (these also .gz or .zst) or .parquet",
+    RECORDS: ".jsonl, .json, .csv or .tsv (these also .gz or .zst) or .parquet",
+}
 
 _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
@@ -36,15 +45,16 @@ class Source:
     chosen: bool = False
 
 
-def parse(data: str | Mapping | Iterable) -> list[Source]:
+def parse(data: str | Mapping | Iterable, kinds: tuple[str, ...] = DOCUMENTS) -> list[Source]:
     """Read `data=`: one source, or a list of them, each optionally with a weight as in "wiki/:0.7".
 
     Without weights, sources are blended in proportion to their tokens. With weights, all must carry one; they are relative and
     need not add up to one. A name ending in ":number" that exists on disk as written is a name, not a weight.
+    `kinds` are the kinds of files to read: DOCUMENTS, or RECORDS.
     Raises UserError where a source does not exist, matches nothing, or is of an unknown type, and for weights that are not
     positive or not on all sources.
     """
-    sources = [_resolve(name, weight) for name, weight in _items(data)]
+    sources = [_resolve(name, weight, kinds) for name, weight in _items(data)]
     if not sources:
         raise UserError("data= is empty: name a file, a folder, a data set, or python-docs")
     weighted = [s for s in sources if s.weight is not None]
@@ -54,16 +64,14 @@ def parse(data: str | Mapping | Iterable) -> list[Source]:
     return sources
 
 
-def file_kind(path: Path) -> Literal["text", "lines", "parquet"] | None:
-    """The format of a file by its name, None where it is not one that is read."""
+def file_kind(path: Path, kinds: tuple[str, ...] = DOCUMENTS) -> str | None:
+    """Which of `kinds` a file is by its name, None where it is none of them."""
     suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
+    if compressed:
         suffixes.pop()
-    elif suffixes and suffixes[-1] in PARQUET_SUFFIXES:
-        return "parquet"
-    if not suffixes:
-        return None
-    return "text" if suffixes[-1] in TEXT_SUFFIXES else "lines" if suffixes[-1] in LINES_SUFFIXES else None
+    kind = next((kind for kind in kinds if suffixes and suffixes[-1] in SUFFIXES[kind]), None)
+    return None if compressed and kind == "parquet" else kind
 
 
 def _items(data: str | Mapping | Iterable) -> list[tuple[str, float | None]]:
@@ -98,7 +106,7 @@ def _weight(name: str, value: object) -> float:
     return weight
 
 
-def _resolve(name: str, weight: float | None) -> Source:
+def _resolve(name: str, weight: float | None, kinds: tuple[str, ...]) -> Source:
     if name == "python-docs":
         return Source(name, "python-docs", weight)
     if name.startswith("hf:"):
@@ -109,37 +117,38 @@ def _resolve(name: str, weight: float | None) -> Source:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return Source(name, "dataset", weight, _sorted(p for p in path.rglob("*") if p.is_file()))
-        return Source(name, "files", weight, _folder(path, name))
+        return Source(name, "files", weight, _folder(path, name, kinds))
     if path.is_file():
-        if file_kind(path) is None:
-            raise UserError(f"data={name}: unknown type of file: {KNOWN} are read")
+        if file_kind(path, kinds) is None:
+            raise UserError(f"data={name}: unknown type of file: {KNOWN[kinds]} are read")
         return Source(name, "files", weight, (path,), chosen=True)
     if glob.has_magic(name):
-        return Source(name, "files", weight, _glob(path, name))
+        return Source(name, "files", weight, _glob(path, name, kinds))
     raise UserError(f"data={name}: no such file or folder (a data set of the Hugging Face hub is named hf:{name})")
 
 
-def _folder(folder: Path, name: str) -> tuple[Path, ...]:
-    files = _sorted(p for p in folder.rglob("*") if _readable(p, folder))
+def _folder(folder: Path, name: str, kinds: tuple[str, ...]) -> tuple[Path, ...]:
+    files = _sorted(p for p in folder.rglob("*") if _readable(p, folder, kinds))
     if not files:
-        raise UserError(f"data={name}: the folder has no file of a known type: {KNOWN}")
+        raise UserError(f"data={name}: the folder has no file of a known type: {KNOWN[kinds]}")
     return files
 
 
-def _glob(pattern: Path, name: str) -> tuple[Path, ...]:
+def _glob(pattern: Path, name: str, kinds: tuple[str, ...]) -> tuple[Path, ...]:
     matches = [Path(p) for p in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise UserError(f"data={name}: nothing matches")
-    files = {p for p in matches if p.is_file() and file_kind(p)}
-    files.update(p for folder in matches if folder.is_dir() for p in folder.rglob("*") if _readable(p, folder))
+    files = {p for p in matches if p.is_file() and file_kind(p, kinds)}
+    files.update(p for folder in matches if folder.is_dir() for p in folder.rglob("*") if _readable(p, folder, kinds))
     if not files:
-        raise UserError(f"data={name}: no match is of a known type: {KNOWN}")
+        raise UserError(f"data={name}: no match is of a known type: {KNOWN[kinds]}")
     return _sorted(files)
 
 
-def _readable(path: Path, root: Path) -> bool:
+def _readable(path: Path, root: Path, kinds: tuple[str, ...]) -> bool:
     """A file of a known type, neither hidden nor in a hidden folder below `root`."""
-    return file_kind(path) is not None and path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
+    known = file_kind(path, kinds) is not None and path.is_file()
+    return known and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _sorted(paths: Iterable[Path]) -> tuple[Path, ...]:

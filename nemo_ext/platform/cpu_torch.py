@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -20,6 +21,7 @@ TENSOR_TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "
 
 def install() -> None:
     """Redirect torch's CUDA entry points to the CPU, in this process."""
+    torch.utils._device._device_constructors()  # remembers torch's own, which `with torch.device("meta")` looks for
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in NEW_METHODS:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,10 +69,10 @@ def test_keys_and_shapes_are_megatrons(nemo):
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
-    from conversion import verify
+    from conversion import megatron, nemo_folder
 
-    with verify.single_process():
-        model = verify.load_megatron(nemo, verify.read_architecture(nemo), seq_length=16)
+    with megatron.single_process():
+        model = megatron.load_megatron(nemo_folder.find(nemo), seq_length=16)
         wanted = model.sharded_state_dict(prefix="module.")
         apply_factories(wanted)
         tensors = {t.key: tuple(t.global_shape) for t in nested_values(wanted) if isinstance(t, ShardedTensor)}
@@ -217,3 +219,104 @@ def test_a_shard_that_shrinks_meanwhile(llama, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="truncated"):
         hf_to_nemo.convert(hf, tmp_path / "nemo")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from conversion import hf_to_nemo
+
+def die(done, total, unit):
+    if done > total * 0.7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+hf_to_nemo.convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=die, workers=1)
+"""
+
+
+def test_a_killed_conversion_goes_on(llama, nemo, tmp_path):
+    """SIGKILL after seven tenths: nothing has the final name, and the next one writes only what is missing."""
+    command = [sys.executable, "-c", KILLED, str(llama), str(tmp_path / "nemo")]
+    run = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True)
+    assert run.returncode == -9, run.stderr
+    (partial,) = tmp_path.iterdir()
+    assert partial.name == ".nemo.unfinished"
+    kept = [json.loads(line)["file"] for line in (partial / ".finished.jsonl").read_text().splitlines()[1:]]
+    times = {name: (partial / name).stat().st_mtime_ns for name in kept}
+    assert len(kept) > 2
+
+    seen = []
+    other = hf_to_nemo.convert(llama, tmp_path / "nemo", workers=3, progress=lambda *call: seen.append(call))
+    assert {name: (other / name).stat().st_mtime_ns for name in kept} == times
+    assert seen[0][0] > seen[0][1] * 0.4 and seen[-1][0] == seen[-1][1]
+    first, second = read(nemo), read(other)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert [path.name for path in tmp_path.iterdir()] == ["nemo"]
+
+
+def test_a_changed_source_or_option_is_converted_anew(llama, tmp_path):
+    hf = Path(shutil.copytree(llama, tmp_path / "hf"))
+
+    def stop(done, total, unit):
+        if done > total * 0.7:
+            raise KeyboardInterrupt
+
+    def first_call(**options) -> int:
+        seen = []
+
+        def once(done, total, unit):
+            seen.append(done)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_nemo.convert(hf, tmp_path / "nemo", progress=once, **options)
+        return seen[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_nemo.convert(hf, tmp_path / "nemo", progress=stop, workers=1)
+    assert first_call() > 0
+    assert first_call(dtype="bfloat16") == 0
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_nemo.convert(hf, tmp_path / "nemo", progress=stop, workers=1)
+    assert first_call() > 0
+    (hf / "model.safetensors").touch()
+    assert first_call() == 0
+
+
+def test_no_space(broken, monkeypatch):
+    monkeypatch.setattr("conversion.atomic.free_bytes", lambda path: 1000)
+    broken("its disk has 0.00 GiB free: make space")
+
+
+def test_values_beyond_the_dtype(broken):
+    broken.change(lambda w: w["model.layers.1.mlp.up_proj.weight"].view(-1)[7].fill_(1e5))
+    broken(r"model.layers.1.mlp.up_proj.weight has 1e\+05, more than float16 can hold", dtype="float16")
+
+
+def test_infinities_stay(broken, tmp_path):
+    broken.change(lambda w: w["model.norm.weight"][7].fill_(float("inf")))
+    state = read(hf_to_nemo.convert(broken.folder, tmp_path / "nemo", dtype="float16"))
+    assert state["module.decoder.final_layernorm.weight"][7] == float("inf")
+
+
+def test_checked_before_it_appears(llama, tmp_path):
+    def check(folder):
+        assert not (tmp_path / "nemo").exists()
+        assert read(folder)["module.decoder.final_layernorm.weight"].shape == (64,)
+        return {"summary": "equal"}
+
+    nemo = hf_to_nemo.convert(llama, tmp_path / "nemo", check=check)
+    assert json.loads((nemo / "conversion.json").read_text())["verified"] == {"summary": "equal"}
+
+
+def test_a_failed_check_leaves_no_final_name_and_keeps_the_work(llama, tmp_path):
+    def check(folder):
+        raise UserError("the models differ")
+
+    with pytest.raises(UserError, match="the models differ"):
+        hf_to_nemo.convert(llama, tmp_path / "nemo", check=check)
+    assert [path.name for path in tmp_path.iterdir()] == [".nemo.unfinished"]
+    seen = []
+    nemo = hf_to_nemo.convert(llama, tmp_path / "nemo", progress=lambda *call: seen.append(call))
+    assert seen == [(seen[0][1], seen[0][1], "B")]
+    assert json.loads((nemo / "conversion.json").read_text())["verified"] is False

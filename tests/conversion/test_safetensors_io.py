@@ -51,10 +51,45 @@ def test_truncated_anywhere(tmp_path, keep):
 
 def test_corrupt_header(tmp_path):
     file = tmp_path / "model.safetensors"
-    for header in (b"{not json", json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()):
+    for header in (b"{not json", b"[]", json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()):
         file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
         with pytest.raises(UserError, match="corrupt|bytes but its shape"):
             safetensors_io.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
+        {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]},
+        {"dtype": "F32", "data_offsets": [0, 4]},
+        [],
+        7,
+    ],
+)
+def test_entries_that_make_no_sense(tmp_path, entry):
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"a": entry}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(UserError, match="tensor a"):
+        safetensors_io.open_folder(tmp_path)
+
+
+def test_tensors_written_in_any_order_give_the_packages_file(tmp_path):
+    """Byte for byte, metadata and names beyond ASCII included."""
+    tensors = {"é.weight": torch.arange(4.0), "b": torch.ones(2, 3).bfloat16(), "a": torch.zeros(3).bfloat16()}
+    metadata = {"format": "pt", "note": "ü"}
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    order = sorted(safetensors_io.read_header(tmp_path / "theirs.safetensors").items(), key=lambda item: item[1].offset)
+    places = safetensors_io.create(tmp_path / "ours.safetensors", {name: (info.dtype, info.shape) for name, info in order})
+    for name in ("a", "é.weight", "b"):
+        places[name].write(tensors[name])
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    for given in (metadata, None):
+        safetensors_io.create(tmp_path / "x.safetensors", {"a": (torch.float32, (1,))}, given)
+        assert safetensors_io.read_metadata(tmp_path / "x.safetensors") == given
 
 
 def test_shards(tmp_path):

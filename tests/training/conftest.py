@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -48,19 +50,34 @@ def corpus(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, dict]:
-    """{"tied": ..., "untied": ...}: random Hugging Face Llamas of four layers, converted to Megatron's format."""
+    """{"tied": ..., "untied": ..., "mixtral": ...}: random Hugging Face models of four layers, converted to Megatron's format:
+    two Llamas, a Mixtral without the balancing loss, which Hugging Face and Megatron count differently, and families whose
+    layers are unlike a Llama's."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, PhiConfig, StableLmConfig
+    from transformers import StableLmPreTrainedModel as StableLm
 
     from conversion.hf_to_nemo import convert
 
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=256)  # fmt: skip
+    configs = {
+        "tied": LlamaConfig(**sizes, intermediate_size=176, tie_word_embeddings=True),
+        "untied": LlamaConfig(**sizes, intermediate_size=176, tie_word_embeddings=False),
+        "mixtral": MixtralConfig(**sizes, intermediate_size=96, num_local_experts=4, router_aux_loss_coef=0.0),
+        "phi": PhiConfig(**sizes, intermediate_size=176),
+        "gemma2": Gemma2Config(**sizes, intermediate_size=176, head_dim=16, sliding_window=20, query_pre_attn_scalar=24,
+                               attn_logit_softcapping=2.0, final_logit_softcapping=5.0, pad_token_id=None),
+        "stablelm_12b": StableLmConfig(**sizes, intermediate_size=176, qk_layernorm=True, use_parallel_residual=True),
+    }  # fmt: skip
     found = {}
-    for name, tied in (("tied", True), ("untied", False)):
+    for name, config in configs.items():
         folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(1)
-        config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
-                             num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied)  # fmt: skip
-        LlamaForCausalLM(config).float().save_pretrained(folder / "hf")
+        # transformers 4.57 asks the norms of StableLM's heads for biases, which they do not have: torch's initial values there
+        with mock.patch.object(StableLm, "_init_weights") if name == "stablelm_12b" else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_config(config).float()
+        model.save_pretrained(folder / "hf")
         weights = convert(folder / "hf", folder / "nemo")
         architecture = json.loads((weights / "architecture.json").read_text())
         found[name] = {"hf": str(folder / "hf"), "weights": str(weights), "architecture": architecture}

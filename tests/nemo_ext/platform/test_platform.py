@@ -32,6 +32,12 @@ def test_cuda_devices_are_the_cpu():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
+def test_the_meta_device_stays_meta():
+    """Modules built under it take no memory, whatever device the code in them asks torch's factories for by default."""
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.nn.Linear(3, 4).weight.is_meta
+
+
 def test_every_megatron_configuration_gets_the_cpus_choices():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -49,7 +55,7 @@ def test_a_gpt_has_transformer_engines_parameter_names():
     import fiddle as fdl
 
     import recipes
-    from conversion.verify import single_process
+    from conversion.megatron import single_process
 
     config = fdl.build(recipes.load("pretrain_qwen2.5", size="smoke").model.config)
     with single_process():

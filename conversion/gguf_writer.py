@@ -1,0 +1,264 @@
+"""GGUF files out: a Hugging Face folder becomes a file that llama.cpp runs, f32, f16, bf16 or Q8_0.
+
+The `gguf` package writes the format and quantizes; tensors are read, stored and, from the finished file, read back and compared
+one at a time. As in llama.cpp's own converter vectors stay f32, and a matrix whose rows Q8_0's blocks of 32 do not divide f16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    Metadata,
+    quantize,
+    size_label,
+)
+
+from conversion import families, gguf_file, gguf_vocabulary, hf_to_nemo, safetensors_io
+from conversion.gguf_architectures import rope_tensors, write_metadata
+from nemo_ext.architecture import Architecture
+from nemo_ext.disk import sync
+from nemo_ext.errors import RunError, UserError, free_bytes, is_full
+
+Progress = Callable[[int, int, str], None]
+
+F32, F16, BF16, Q8_0 = (getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0"))
+KINDS = {
+    "f32": (F32, LlamaFileType.ALL_F32),
+    "f16": (F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_CASTS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file, the largest absolute difference of a stored weight from its source, and what to know about it."""
+
+    file: Path
+    largest_error: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What is stored under a name: `load` gives `shape` in GGUF's order of rows, in its source's dtype."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * block_bytes
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The source's values as fp32, some rows at a time, `[rows, columns]` (a vector is one row)."""
+        tensor = self.load()
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+        for part in tensor.split(max(1, gguf_file.CHUNK_ELEMENTS // tensor.shape[-1])):
+            yield part.float().numpy()
+
+
+def from_hf(hf_dir: Path, file: Path, kind: str = "f16", progress: Progress | None = None, name: str | None = None) -> Written:
+    """Write the Hugging Face model in `hf_dir` as the GGUF file `file`.
+
+    `kind` is that of the matrices: "f32", "f16", "bf16" or "q8_0". `progress(done, total, "tensors")` counts every tensor
+    twice, when it is stored and when it is read back. `name` becomes general.name; by default it is guessed from the model card
+    and the folder. The file appears only when it is complete and equals its source: exactly after a cast, for Q8_0 within half
+    a step of each block. Raises UserError for a family or tokenizer that llama.cpp does not have, tensors that do not fit
+    config.json or `kind`, a `file` that is there, no space.
+    """
+    hf_dir, file = Path(hf_dir), Path(file)
+    model, plan = _plan(hf_dir, kind)
+    metadata, notes = _metadata(hf_dir, model, kind)
+    card = _model_card(hf_dir, model, name)
+    total = 2 * len(plan)
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, total, "tensors")
+
+    with _new_file(file, sum(tensor.nbytes for tensor in plan.values())) as partial:
+        _write(partial, card, metadata, plan, report)
+        error = _compare(partial, plan, lambda done: report(len(plan) + done))
+    return Written(file, error, tuple(notes))
+
+
+def check(hf_dir: Path, file: Path, kind: str) -> float:
+    """The largest absolute difference between a GGUF file and the Hugging Face model that it was written from as `kind`.
+
+    Raises RunError naming the first tensor that is missing, of another shape or type, or differs by more than storing explains.
+    """
+    return _compare(Path(file), _plan(Path(hf_dir), kind)[1], lambda done: None)
+
+
+def _plan(hf_dir: Path, kind: str) -> tuple[Architecture, dict[str, _Tensor]]:
+    """The model and {GGUF name: tensor}; UserError for a source that cannot be written."""
+    if kind not in KINDS:
+        raise UserError(f"kind={kind} is not one of {', '.join(KINDS)}")
+    config = hf_to_nemo.read_config(hf_dir)
+    model, family = families.architecture(config), families.family_of(config)
+    table, _ = write_metadata(model)
+    source = safetensors_io.open_folder(hf_dir)
+    prefix = families.base_prefix(family, source)
+    hf_to_nemo.tensor_names(family, model, source, prefix, hf_dir)
+    plan = {}
+    for row in family.rows_of(model):
+        for index in row.indices(model):
+            infos = hf_to_nemo.row_tensors(row, index, model, source, prefix, hf_dir)
+            for canonical, (_, info) in zip(row.hf, infos, strict=True):
+                load = functools.partial(_load, table.from_hf, canonical, info, model)
+                plan[table.tensor_name(canonical).format(**index)] = _Tensor(_stored_kind(info.shape, kind), info.shape, load)
+    for name, factors in rope_tensors(model).items():
+        plan[name] = _Tensor(F32, factors.shape, functools.partial(torch.from_numpy, factors))
+    return model, plan
+
+
+def _load(from_hf: Callable, name: str, info: safetensors_io.TensorInfo, model: Architecture) -> torch.Tensor:
+    return from_hf(name, info.read(), model)
+
+
+def _stored_kind(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
+    asked = KINDS[kind][0]
+    if len(shape) == 1:
+        return F32
+    return asked if shape[-1] % GGML_QUANT_SIZES[asked][0] == 0 else F16
+
+
+def _metadata(hf_dir: Path, model: Architecture, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """All metadata but the general ones that the model card gives, and where llama.cpp will differ."""
+    config = hf_to_nemo.read_config(hf_dir)
+    vocabulary, notes = gguf_vocabulary.read(hf_dir, {**config.get("text_config", {}), **config, "vocab_size": model.vocab_size})
+    if model.sliding_window and not model.sliding_window.every:
+        notes.append(f"llama.cpp attends to the whole text, the model to {model.sliding_window.size} tokens: longer ones differ")
+    general = {"general.file_type": int(KINDS[kind][1]), "general.quantization_version": GGML_QUANT_VERSION}
+    return write_metadata(model)[1] | general | vocabulary, notes
+
+
+def _model_card(hf_dir: Path, model: Architecture, name: str | None) -> Metadata:
+    """Name, size, licence and what else README.md, config.json and the folder's name tell."""
+    count = model.num_parameters()
+    card = Metadata.load(None, hf_dir, name, count)
+    card.size_label = size_label(count, count, 0, 0)
+    return card
+
+
+def _write(
+    file: Path, card: Metadata, metadata: Mapping[str, Any], plan: Mapping[str, _Tensor], report: Callable[[int], None]
+) -> None:
+    architecture = next(key for key in metadata if key.endswith(".block_count")).split(".")[0]
+    writer = GGUFWriter(file, architecture)
+    try:
+        writer.add_type("model")
+        card.set_gguf_meta_model(writer)
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for name, tensor in plan.items():
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, (name, tensor) in enumerate(plan.items(), 1):
+            writer.write_tensor_data(_encode(name, tensor))
+            report(done)
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
+def _encode(name: str, tensor: _Tensor) -> np.ndarray:
+    """The bytes to store."""
+    stored, start = np.empty(tensor.nbytes, dtype=np.uint8), 0
+    for rows in tensor.rows():
+        if not np.isfinite(rows).all():
+            raise UserError(f"{name} has values that are not finite")
+        with np.errstate(over="ignore"):
+            part = quantize(rows, tensor.kind)
+        if tensor.kind == F16 and not np.isfinite(part).all():
+            raise UserError(f"{name} has values up to {abs(rows).max():.4g}, which f16 cannot hold: write bf16 or f32")
+        part = part.reshape(-1).view(np.uint8)
+        stored[start : start + part.size] = part
+        start += part.size
+    return stored
+
+
+def _compare(file: Path, plan: Mapping[str, _Tensor], report: Callable[[int], None]) -> float:
+    found = gguf_file.read(file).tensors
+    if set(found) != set(plan):
+        raise RunError(f"{file} does not hold the tensors that its source has, first {min(set(found) ^ set(plan))}")
+    largest = 0.0
+    for done, (name, tensor) in enumerate(plan.items(), 1):
+        stored = found[name]
+        if (stored.shape, stored.kind) != (tensor.shape, tensor.kind):
+            raise RunError(f"{file}: {name} is {stored.shape} of type {stored.kind}, not {tensor.shape} {tensor.kind.name}")
+        for expected, values in zip(tensor.rows(), stored.chunks(), strict=True):
+            error = abs(values - expected)
+            if not (error <= _allowed(expected, tensor.kind)).all():
+                raise RunError(f"{file}: {name} differs from its source by {error.max():.3g}: the file is not what was written")
+            largest = max(largest, float(error.max()))
+        report(done)
+    return largest
+
+
+def _allowed(source: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """By how much a stored value may differ: what the cast does, or in a block of Q8_0 half a step of its scale in fp16."""
+    if kind in _CASTS:
+        weights = torch.from_numpy(source)
+        return (weights.to(_CASTS[kind]).float() - weights).abs().numpy()
+    blocks = source.reshape(-1, GGML_QUANT_SIZES[kind][0])
+    scale = abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    rounding = abs(scale.astype(np.float16).astype(np.float32) - scale) * 127
+    return np.broadcast_to(scale * np.float32(0.5 + 1e-4) + rounding, blocks.shape).reshape(source.shape)
+
+
+@contextlib.contextmanager
+def _new_file(final: Path, size: int) -> Iterator[Path]:
+    """Yield a place beside `final`, which is renamed when it is complete and removed when it is not."""
+    final = final.absolute()
+    partial = final.with_name(f".{final.name}.partial")
+    with contextlib.ExitStack() as stack:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(partial, "ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{final} is being written by another process: wait for it or choose another file") from None
+        except OSError as error:
+            raise UserError(f"cannot write in {final.parent}: {error.strerror or error}") from error
+        try:
+            if final.exists():
+                raise UserError(f"{final} exists already: delete it or choose another file")
+            if size > (free := free_bytes(final.parent)):
+                raise UserError(f"{final} needs {size / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB free: make space")
+            yield partial
+            sync(partial)
+            os.rename(partial, final)
+            sync(final.parent)
+        except OSError as error:
+            full = is_full(error, final.parent)
+            reason = "its disk is full: make space" if full else error.strerror or error
+            raise UserError(f"cannot write {final}: {reason}") from error
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, read and written tensor by tensor.
+
+An adapted linear computes `W x + scale * B A x` with A `[r, in]` and B `[out, r]` (Hu et al. 2021, arXiv:2106.09685). The scale
+is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732). DoRA has a magnitude `m` `[out]`
+beside them: every row of `W + scale * B A` is stretched to the length m (Liu et al. 2024, arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion import families, safetensors_io
+from conversion.families import Family
+from conversion.safetensors_io import TensorInfo
+from conversion.workers import Progress
+from nemo_ext.errors import UserError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's wrapper around the model
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) train against a changed base.
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+UNSUPPORTED = (
+    "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config", "lora_bias",
+)  # fmt: skip
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?:(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r"|(?P<embedding>lora_embedding_A|lora_embedding_B)(?:\.default)?)"
+)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that is computed when it is read; has what `TensorInfo` has."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the adapter does to the weight of one module."""
+
+    a: TensorInfo  # [r, in]
+    b: TensorInfo  # [out, r]
+    scale: float
+    magnitude: TensorInfo | None = None  # [out]
+    transposed: bool = False  # the weight is stored [in, out], as an embedding's or GPT-2's
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight that the update is added to."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT folder: its configuration, `{module: update}`, and the tensors that it replaces as a whole (`modules_to_save`)."""
+
+    folder: Path
+    config: dict[str, Any]
+    updates: dict[str, Update]
+    replaced: dict[str, TensorInfo]
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in `folder`; the tensors stay on disk.
+
+    Raises UserError: no adapter, several, pickled weights, not LoRA, an option that changes what LoRA computes (the name is
+    said), biases, a tensor without its partner, or ranks that differ from the configuration's.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _refuse_options(folder, config)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UserError(f"{folder} has a pickled adapter_model.bin, which can run code: save it as safetensors first")
+        raise UserError(f"{folder} has no {WEIGHTS}")
+
+    found: dict[str, dict[str, TensorInfo]] = {}
+    replaced = {}
+    for key, info in safetensors_io.read_header(folder / WEIGHTS).items():
+        name = key.removeprefix(PREFIX)
+        if info.dtype not in FLOATS:
+            raise UserError(f"{folder}: {key} is {_dtype(info)}, which is not floating point: the adapter is quantized")
+        if match := _TENSOR.fullmatch(name):
+            kind = match["kind"] or match["embedding"]
+            found.setdefault(match["module"], {})[kind] = info
+        elif ".lora_" in name or not name.endswith((".weight", ".bias")):
+            raise UserError(f"{folder}: {key} is not a tensor of LoRA")
+        else:
+            replaced[name.replace(".base_layer.", ".")] = info
+    if not found and not replaced:
+        raise UserError(f"{folder / WEIGHTS} has no tensors")
+    try:
+        updates = {module: _update(folder, config, module, parts) for module, parts in found.items()}
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{folder / CONFIG} is not a PEFT configuration: {error}") from error
+    return Adapter(folder, config, updates, replaced)
+
+
+def write(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Computed | TensorInfo], progress: Progress | None = None
+) -> None:
+    """Write PEFT's two files into `folder`; `tensors` by PEFT's names without `base_model.model.`, one in memory at a time."""
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+
+    def each():
+        done = 0
+        for tensor in tensors.values():
+            value = tensor.read()
+            yield value
+            done += value.nbytes
+            if progress:
+                progress(done, total, "B")
+
+    specs = {PREFIX + name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    safetensors_io.write_file(folder / WEIGHTS, specs, each())
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def canonical(family: Family, name: str) -> tuple[str, str]:
+    """A module's or tensor's name as the family's rows say it, and what stood there for "model."; "" where nothing did."""
+    for prefix in sorted(family.prefixes, key=len, reverse=True):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix), prefix
+    return name, ""
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT's `target_modules`, `exclude_modules` and `layers_to_transform` select this module.
+
+    Not for `target_modules="all-linear"`, which needs the model; PEFT stores the names that it found instead.
+    """
+    targets = config.get("target_modules") or []
+    if _matches(config.get("exclude_modules") or [], module):
+        return False
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or []):
+        return False
+    if isinstance(targets, str):
+        return _matches(targets, module)
+    layers = config.get("layers_to_transform")
+    if not _matches(targets, module) or layers is None or layers == []:
+        return _matches(targets, module)
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scale that the configuration gives a module, by `rank_pattern`, `alpha_pattern` and `use_rslora`."""
+    rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{CONFIG} gives {module} the rank {rank!r}: it must be a positive integer")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def tensor_name(family_or_none: Family | None, names: Mapping[str, Any], name: str) -> str | None:
+    """Which of a checkpoint's tensor `names` is the model's parameter `name`; None if none is.
+
+    transformers saves some models under other names than their modules have (Gemma 3 with a vision part).
+    """
+    if name in names or family_or_none is None:
+        return name if name in names else None
+    stored = families.hf_name(canonical(family_or_none, name)[0], families.base_prefix(family_or_none, names))
+    return stored if stored in names else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        several = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        if several:
+            names = ", ".join(several)
+            raise UserError(
+                f"{folder} holds {len(several)} adapters ({names}): name one of these folders, they convert one by one"
+            )
+        raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["peft_type"] != "LORA":
+            raise UserError(f"{file} has peft_type={config['peft_type']!r}; only LORA (with or without DoRA) converts")
+        config["r"], config["lora_alpha"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is not a PEFT configuration: {type(error).__name__} {error}") from error
+    return config
+
+
+def _refuse_options(folder: Path, config: Mapping[str, Any]) -> None:
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: bias={config['bias']!r} trains the base's biases too: only 'none' converts")
+    for option in UNSUPPORTED:
+        if config.get(option):
+            raise UserError(f"{folder}: {option}={config[option]!r} computes something other than W x + scale * B A x")
+    for option in ("target_modules", "exclude_modules"):
+        names = config.get(option)
+        if isinstance(names, str):
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise UserError(f"{folder}: {option}={names!r} is not a regular expression: {error}") from error
+        elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"{folder}: {option}={names!r} is neither a list of names nor a regular expression")
+    if (start := config.get("init_lora_weights", True)) not in INITIALISATIONS:
+        raise UserError(
+            f"{folder}: init_lora_weights={start!r} changed the base's weights before training; save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion first"
+        )
+
+
+def _update(folder: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, TensorInfo]) -> Update:
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    if missing := [name for name in names if name not in parts]:
+        raise UserError(f"{folder / WEIGHTS} lacks {missing[0]} of {module}")
+    a, b = (parts[name] for name in names)
+    magnitude = parts.get("lora_magnitude_vector")
+    rank, scale = scaling(config, module)
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise UserError(f"{folder}: {module} has A {list(a.shape)} and B {list(b.shape)}; only linears and embeddings convert")
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise UserError(f"{folder}: {module} has A {list(a.shape)} and B {list(b.shape)}, but {CONFIG} gives it rank {rank}")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        has = "lacks a magnitude" if magnitude is None else "has a magnitude"
+        raise UserError(f"{folder}: {CONFIG} says use_dora={bool(config.get('use_dora'))}, but {module} {has}")
+    if magnitude is not None and (embedding or math.prod(magnitude.shape) != b.shape[0]):
+        raise UserError(f"{folder}: {module} has DoRA magnitudes {list(magnitude.shape)}; only linears' convert")
+    return Update(a, b, scale, magnitude, transposed=embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _matches(names: str | list[str], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _dtype(info: TensorInfo) -> str:
+    return str(info.dtype).removeprefix("torch.")

@@ -1,0 +1,200 @@
+"""NeMo 2's LoRA adapters: the folder, where its tensors lie, and how a model takes them.
+
+A NeMo adapter folder has `weights/`, a Megatron distributed checkpoint with the adapter's tensors only, and `adapter.json`:
+
+- `kind`: "canonical_lora", an adapter for each linear that Hugging Face has (`linear_qkv.adapter.adapter_q.linear_in.weight`),
+  "lora", one for each of Megatron's fused linears (`linear_qkv.adapter.linear_in.weight`), or "dora", as "lora" with magnitudes;
+- `target_modules`, `dim`, `alpha`, `dropout`: the arguments of NeMo's transform (`nemo_ext.lora.transform`);
+- `base`, `architecture`: what it adapts; `peft_config`: PEFT's configuration;
+- `modules`: for each of PEFT's modules where it lies: the first rank component, the rank, and the factor in its B.
+
+NeMo has one rank and one scale for all layers, since a checkpoint stacks them: A is `[layers, dim, in]`, B `[layers, out, dim]`.
+A smaller rank is filled up with zeros in A and B, which training leaves zero (each one's gradient is a product with the other),
+and so are layers and parts without an adapter. Another scale goes into B as a factor; that is exact if the factor is a power of
+two, and B is kept in fp32 otherwise, so that 16-bit values come back bit for bit.
+
+In the fused form, parts with the same A keep it and its rank; others are put side by side, A as [A_q; A_k; A_v] and B as blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from conversion import families, nemo_folder
+from conversion.families import Family, Row
+from conversion.hf_to_nemo import KEY_PREFIX
+from nemo_ext import run_folder
+from nemo_ext.architecture import Architecture
+from nemo_ext.errors import UserError, explain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SETTINGS = "adapter.json"
+SETTINGS_KEYS = {"kind", "target_modules", "dim", "alpha", "dropout", "architecture", "module_prefix", "peft_config", "modules"}
+KINDS = ("canonical_lora", "lora", "dora")
+# Hugging Face's parts of Megatron's fused linears: NeMo's module and its target
+PARTS = {
+    "q_proj": ("adapter_q", "linear_q"),
+    "k_proj": ("adapter_k", "linear_k"),
+    "v_proj": ("adapter_v", "linear_v"),
+    "gate_proj": ("adapter_gate", "linear_fc1_gate"),
+    "up_proj": ("adapter_up", "linear_fc1_up"),
+}
+A, B, MAGNITUDE = "linear_in.weight", "linear_out.weight", "weight_magnitude"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One adapter module of the Megatron model, in every layer: its key, NeMo's target and the parts that it covers.
+
+    `parts` are Hugging Face's modules with `{i}` for the layer, all or one of those that `row` fuses.
+    """
+
+    key: str  # decoder.layers.self_attention.linear_qkv.adapter[.adapter_q]
+    target: str
+    parts: tuple[str, ...]
+    row: Row
+
+    @property
+    def fused(self) -> bool:
+        return len(self.parts) == len(self.row.hf)
+
+    def merge(self, a: Architecture, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tensors whose first axis are the parts' output features -> Megatron's."""
+        return self.row.layout.merge(a, tensors) if self.fused else tensors[0]
+
+    def split(self, a: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self.row.layout.split(a, tensor) if self.fused else [tensor]
+
+    def widths(self, a: Architecture) -> list[int]:
+        """Output features of every part."""
+        return [families.shape(self.row.hf[f"{part}.weight"], a)[0] for part in self.parts]
+
+    def inputs(self, a: Architecture) -> int:
+        return families.shape(self.row.hf[f"{self.parts[0]}.weight"], a)[1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module of PEFT's lies in its slot: rank components [start, start + rank), B multiplied by `factor`."""
+
+    start: int
+    rank: int
+    factor: float
+    dtype: str
+
+
+def find(path: Path, alpha: float | None) -> tuple[Path, dict[str, Any]]:
+    """The weights and settings of an adapter folder, or of a run's checkpoint with its settings under the run's `model/`."""
+    if (path / SETTINGS).is_file():
+        folder, file, architecture = path, path / SETTINGS, {}
+    else:
+        checkpoint = nemo_folder.find(path)
+        folder, architecture = checkpoint.folder, checkpoint.architecture.to_dict()
+        file = folder.absolute().parents[1] / run_folder.MODEL / SETTINGS
+    weights = folder / nemo_folder.WEIGHTS
+    if not file.is_file():
+        if alpha is None:
+            raise UserError(f"{path} has no {SETTINGS}, and its tensors do not say LoRA's alpha: give it, alpha=32 for example")
+        return weights, {"architecture": architecture, "alpha": alpha}
+    settings = run_folder.read_json(file)
+    if settings is None or not SETTINGS_KEYS <= set(settings):
+        raise UserError(f"{file} does not describe an adapter: copy it again")
+    if alpha is not None and alpha != settings["alpha"]:
+        raise UserError(f"alpha={alpha}, but {file} says {settings['alpha']}: leave alpha= out")
+    return weights, settings
+
+
+def load_megatron(adapter_dir: Path, model: nn.Module) -> nn.Module:
+    """Put the adapters of a NeMo adapter folder into this process's part of Megatron's GPTModel, with their weights.
+
+    Works at any tensor and pipeline parallel layout; the model's parallel state must be there.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    from nemo_ext import lora as transforms
+
+    weights, settings = find(Path(adapter_dir), None)
+    reference = next(model.parameters())
+    transforms.apply(transforms.transform(settings), model)
+    own = {name: parameter for name, parameter in model.named_parameters() if ".adapter." in name}
+    for parameter in own.values():
+        parameter.data = parameter.data.to(reference)
+    state = model.sharded_state_dict(prefix=KEY_PREFIX)
+    wanted = {"state_dict": {name: value for name, value in state.items() if ".adapter." in name}}
+    try:
+        loaded = dist_checkpointing.load(wanted, str(weights))["state_dict"]
+    except (CheckpointingException, KeyError, RuntimeError, OSError) as error:
+        raise UserError(f"{weights} cannot be loaded: {explain(error, weights)}") from error
+    for name, parameter in own.items():
+        parameter.data.copy_(loaded[KEY_PREFIX + name])
+    return model
+
+
+def slots_of(family: Family, a: Architecture, kind: str) -> list[Slot]:
+    """The adapter modules that NeMo's transform of this kind makes in a layer."""
+    slots = []
+    for row in linears(family, a):
+        parts = tuple(name.removesuffix(".weight") for name in row.hf)
+        linear = row.key.removesuffix(".weight")
+        if len(parts) == 1 or kind != "canonical_lora":
+            slots.append(Slot(f"{linear}.adapter", linear.rsplit(".", 1)[1], parts, row))
+            continue
+        for part in parts:
+            module, target = PARTS[part.rsplit(".", 1)[1]]
+            slots.append(Slot(f"{linear}.adapter.{module}", target, (part,), row))
+    return slots
+
+
+def linears(family: Family, a: Architecture) -> list[Row]:
+    """The rows of a layer's linears, experts and routers left out."""
+    return [
+        row
+        for row in family.rows_of(a)
+        if list(row.axes(a)) == ["i"]
+        and row.megatron.endswith(".weight")
+        and all(len(symbols.split()) == 2 and "experts" not in symbols for symbols in row.hf.values())
+    ]
+
+
+def refuse_dora(slots: Sequence[Slot], family: Family, a: Architecture, folder: Path) -> None:
+    """NeMo's DoRA stretches a linear's bias and what a norm behind it returns; PEFT's neither."""
+    names = {row.megatron for row in family.rows_of(a)}
+    for slot in slots:
+        linear = slot.row.megatron.removesuffix(".weight")
+        for parameter, thing in (("bias", "bias"), ("post_layernorm.weight", "norm")):
+            if f"{linear}.{parameter}" in names:
+                raise UserError(f"{folder}: NeMo's DoRA scales the {thing} of {slot.target} too, PEFT's does not: merge it")
+
+
+def scaled(b: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    return b.to(dtype) if factor == 1.0 else (b.double() * factor).to(dtype)
+
+
+def unscaled(b: torch.Tensor, place: Place) -> torch.Tensor:
+    """B as PEFT had it, in its dtype if that holds every value."""
+    exact = b if place.factor == 1.0 else (b.double() / place.factor).to(b.dtype)
+    narrow = (b.double() / place.factor).to(getattr(torch, place.dtype))
+    return narrow if torch.equal(scaled(narrow, place.factor, b.dtype), b) else exact
+
+
+def wide(dtype: torch.dtype, factor: float) -> torch.dtype:
+    """A dtype for a B of `dtype` times `factor`."""
+    return torch.promote_types(dtype, torch.float32) if _rounds(factor, dtype) else dtype
+
+
+def _rounds(factor: float, dtype: torch.dtype) -> bool:
+    """Whether numbers of `dtype` times `factor` may need more bits: fp16's exponent is too short for any factor but 1."""
+    return factor != 1.0 and (math.frexp(factor)[0] != 0.5 or dtype == torch.float16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,387 @@
+"""From sources of conversations to samples on disk: rendered and tokenised in parallel, split by conversation, cached by content.
+
+    cache_dir/<key>/train.ids, train.weights, train.starts.npy, heldout.*, chat.json      one source, finished
+
+`.ids`: the token ids of all samples one after another, uint16 or int32; `.weights`: for each of them what the loss on it counts,
+uint16, in hundredths; `.starts.npy`: int64 [samples + 1]. All are mapped into memory, not read.
+
+The key is a hash of the files' bytes, the tokenizer, the chat template, and all settings. Locks, interruptions and the split are
+those of `nemo_ext.data.corpus`: conversations with the same content land on the same side, whatever their format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nemo_ext.data import corpus, readers
+from nemo_ext.data.chat import records
+from nemo_ext.data.chat.formats import check_columns, parse
+from nemo_ext.data.chat.render import UNIT, Renderer, Settings
+from nemo_ext.data.chat.workers import spread
+from nemo_ext.data.corpus import Progress, Split
+from nemo_ext.data.encoder import Encoder
+from nemo_ext.data.readers import Block
+from nemo_ext.data.sources import Source
+from nemo_ext.disk import sync, write_atomic
+from nemo_ext.errors import UserError
+
+FORMAT = 1  # part of the keys: raise it when the same input gives other files
+IN_PROCESS_BYTES = 4 << 20  # below this, starting processes costs more than it saves
+SIDES = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class ChatSource:
+    """One source, ready. Prefixes are paths without .ids, .weights and .starts.npy; `weight` is None where none was given.
+
+    `counts`: conversations read, by format ("format messages"), "with tools", "with reasoning", "split", "truncated", "overlong"
+    and "masked" (both dropped), "bad" (skipped). `documents` are samples.
+    """
+
+    name: str
+    weight: float | None
+    key: str
+    train_prefix: str
+    heldout_prefix: str | None
+    train_tokens: int
+    heldout_tokens: int
+    train_documents: int
+    heldout_documents: int
+    trained_tokens: int
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ChatCorpus:
+    """All sources of a run. `template` is the chat template's text, to be saved beside the model; `unit` the greatest weight, in
+    hundredths, that all weights are multiples of."""
+
+    key: str
+    sources: list[ChatSource]
+    tokenizer_dir: str
+    vocab_size: int
+    eod: int
+    dtype: str
+    template_name: str
+    template: str
+    unit: int
+    train_tokens: int = field(init=False)
+    heldout_tokens: int = field(init=False)
+    train_documents: int = field(init=False)
+    heldout_documents: int = field(init=False)
+    trained_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("train_tokens", "heldout_tokens", "train_documents", "heldout_documents", "trained_tokens"):
+            object.__setattr__(self, name, sum(getattr(source, name) for source in self.sources))
+
+    def blend(self) -> list[list]:
+        """[[weight or None, train prefix, held-out prefix or None], …], what `ChatDataModule` takes."""
+        return [[s.weight, s.train_prefix, s.heldout_prefix] for s in self.sources]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ChatCorpus:
+        values = json.loads(text)
+        values = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
+        return cls(**{**values, "sources": [ChatSource(**s) for s in values["sources"]]})
+
+    def report(self) -> list[str]:
+        """One line a source for people: what was found, and what was left out."""
+        lines = []
+        for source in self.sources:
+            counts = source.counts
+            formats = ", ".join(name.removeprefix("format ") for name in counts if name.startswith("format "))
+            extra = [name for name in ("with tools", "with reasoning") if counts.get(name)]
+            done = {
+                "split": "split as the template rewrites history",
+                "truncated": "truncated",
+                "overlong": "dropped as too long",
+                "masked": "dropped as no token of them counts",
+                "bad": "skipped as unreadable",
+            }
+            notes = [f"{counts[name]:,} {words}" for name, words in done.items() if counts.get(name)]
+            share = source.trained_tokens / max(1, source.train_tokens + source.heldout_tokens)
+            line = (
+                f"{source.name}: {counts['conversations']:,} conversations ({', '.join([formats, *extra])}), "
+                f"{source.train_tokens + source.heldout_tokens:,} tokens, {share:.0%} of them trained"
+            )
+            lines.append("; ".join([line, *notes]))
+        return lines
+
+
+class Samples:
+    """The samples of one side of a source, mapped into memory."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.starts = np.load(f"{prefix}.starts.npy", mmap_mode="r")
+        meta = json.loads(Path(prefix).with_name("chat.json").read_text())
+        self.unit = int(meta["unit"])  # all weights of the source are multiples of it
+        self.ids = np.memmap(f"{prefix}.ids", np.dtype(meta["dtype"]), "r")
+        self.weights = np.memmap(f"{prefix}.weights", np.uint16, "r")
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __reduce__(self) -> tuple:
+        return Samples, (self.prefix,)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 [samples]."""
+        return np.diff(self.starts)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids int64 [tokens], weights uint16 [tokens] in hundredths."""
+        part = slice(int(self.starts[number]), int(self.starts[number + 1]))
+        return self.ids[part].astype(np.int64), np.asarray(self.weights[part])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs to know."""
+
+    renderer: Renderer
+    dtype: np.dtype
+    columns: dict[str, str]
+    skip_bad: bool
+    split: Split
+    partial: Path
+
+
+def prepare(
+    sources: Iterable[Source],
+    tokenizer_dir: str | Path,
+    cache_dir: str | Path,
+    settings: Settings,
+    *,
+    columns: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    heldout: float = 0.02,
+    seed: int = 1234,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> ChatCorpus:
+    """Render and tokenise sources (`sources.parse(data, RECORDS)`), or find them in the cache.
+
+    `columns` names fields of unusual records (see `formats.parse`); `skip_bad` counts conversations that cannot be read instead
+    of stopping at the first. `heldout` is the share of conversations kept out of training. The result does not depend on
+    `workers`. `progress(done, total)` is called with bytes read. Raises UserError for what cannot be read, rendered, held out or
+    stored, and where no conversation of a source is left to train on.
+    """
+    sources = list(sources)
+    check_columns(columns or {})
+    if not 0 <= heldout < 1:
+        raise UserError(f"heldout={heldout}: a share of the conversations from 0 to below 1")
+    cache = Path(cache_dir).expanduser().absolute()
+    encoder, renderer = Encoder(tokenizer_dir), Renderer(tokenizer_dir, settings)
+    with corpus._writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        contents = [corpus._content(source, cache) for source in sources]
+        total = sum(readers.size_of(source)[0] for source in sources)
+
+        def build(split: Split) -> list[dict]:
+            metas, done = [], 0
+            job = _Job(renderer, encoder.dtype, dict(columns or {}), skip_bad, split, cache)
+            for source, content in zip(sources, contents, strict=True):
+                report = None if progress is None else lambda now, before=done: progress(min(before + now, total), total)
+                metas.append(_build(source, content, job, cache, workers, report))
+                done += readers.size_of(source)[0]
+            return metas
+
+        split = Split(seed, int(heldout * 2**64))
+        metas = build(split)
+        if (adjusted := corpus._adjust(split, metas)) != split:
+            metas = build(adjusted)
+    return _result(sources, metas, encoder, renderer, cache)
+
+
+def _build(source: Source, content: str, job: _Job, cache: Path, workers: int, progress) -> dict:
+    """The metadata of one source, from the cache or built into it."""
+    split = job.split
+    settings = [FORMAT, content, job.renderer.fingerprint, str(job.dtype), sorted(job.columns.items()), job.skip_bad]
+    settings += [split.seed if split.below else 0, split.below, split.kept]
+    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
+    final = cache / key
+    if not (final / "chat.json").is_file():
+        with corpus._locked(cache / f"{key}.lock"):
+            if not (final / "chat.json").is_file():
+                partial = cache / f"{key}.partial"
+                partial.mkdir(exist_ok=True)
+                try:
+                    meta = _write(source, dataclasses.replace(job, partial=partial), workers, progress)
+                except UserError:  # not an interruption: these blocks will not be asked for again
+                    shutil.rmtree(partial)
+                    raise
+                write_atomic(partial / "chat.json", json.dumps({**meta, "key": key}, indent=2))
+                sync(partial)
+                if final.exists():  # a folder without chat.json is not ours to trust
+                    shutil.rmtree(final)
+                partial.rename(final)
+                sync(cache)
+        (cache / f"{key}.lock").unlink(missing_ok=True)
+    if progress is not None:
+        progress(readers.size_of(source)[0])
+    return json.loads((final / "chat.json").read_text())
+
+
+def _write(source: Source, job: _Job, workers: int, progress) -> dict:
+    """Render all blocks into parts, join them, and return the metadata."""
+    done = parts = 0
+    blocks = enumerate(records.plan(source))
+    small = readers.size_of(source)[1] < IN_PROCESS_BYTES
+    for size in spread(_render_block, job, blocks, 1 if small else workers, source.name):
+        done, parts = done + size, parts + 1
+        if progress is not None:
+            progress(done)
+    read = [_part(job.partial, number) for number in range(parts)]
+    counts: Counter[str] = Counter()
+    for part in read:
+        counts.update(json.loads(str(part["counts"])))
+    hashes = np.unique(np.concatenate([part["hashes"] for part in read] or [np.empty(0, np.uint64)]))
+    if not len(hashes):
+        raise UserError(f"data={source.name}: {_why_nothing(counts, job.renderer.settings)}")
+    meta: dict = {"source": source.name, "dtype": str(job.dtype), "counts": dict(sorted(counts.items()))}
+    meta["smallest"], meta["largest"] = [int(h) for h in hashes[: corpus.SMALLEST]], int(hashes[-1])
+    meta["unit"] = math.gcd(*(int(part["unit"]) for part in read))
+    meta["trained_tokens"] = sum(int(part["trained"]) for part in read)
+    for side in SIDES:
+        lengths = np.concatenate([part[side] for part in read])
+        meta[f"{side}_documents"], meta[f"{side}_tokens"] = len(lengths), int(lengths.sum())
+        if not len(lengths):
+            continue
+        for kind in ("ids", "weights"):
+            with corpus._durable(job.partial / f"{side}.{kind}") as file:
+                for number in range(parts):
+                    with open(_stem(job.partial, number) + f".{side}.{kind}", "rb") as part:
+                        shutil.copyfileobj(part, file, 1 << 24)
+        with corpus._durable(job.partial / f"{side}.starts.npy") as file:
+            np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    for path in job.partial.glob("part-*"):
+        path.unlink()
+    return meta
+
+
+def _why_nothing(counts: Counter[str], settings: Settings) -> str:
+    if not counts["conversations"]:
+        return "no conversations in it"
+    if counts["overlong"]:
+        return (
+            f"nothing to train on: {counts['overlong']} of {counts['conversations']} conversations do not fit into seq="
+            f"{settings.seq_length} tokens with a turn of the assistant: choose a larger seq="
+        )
+    if counts["masked"]:
+        return (
+            f"nothing to train on: in all {counts['masked']} conversations no token counts in the loss: their weights are 0 with "
+            f"train_on={settings.train_on}"
+        )
+    return f"nothing to train on: all {counts['bad']} conversations are unreadable"
+
+
+def _render_block(job: _Job, task: tuple[int, Block]) -> int:
+    """Write one part: ids and weights by side, then, as the sign that it is complete, lengths, hashes and counts."""
+    number, block = task
+    stem = _stem(job.partial, number)
+    if Path(f"{stem}.npz").is_file():
+        return block.size
+    lengths: dict[str, list[int]] = {side: [] for side in SIDES}
+    hashes: list[int] = []
+    counts: Counter[str] = Counter()
+    unit = trained = 0
+    files = {(side, kind): open(f"{stem}.{side}.{kind}", "wb") for side in SIDES for kind in ("ids", "weights")}
+    try:
+        for digest, samples in _rendered(job, block, counts):
+            hashes.append(digest)
+            side = SIDES[int(job.split.holds_out(np.array([digest], np.uint64))[0])]
+            for sample in samples:
+                files[side, "ids"].write(sample.ids.astype(job.dtype).data)
+                files[side, "weights"].write(sample.weights.data)
+                lengths[side].append(len(sample.ids))
+                unit = math.gcd(unit, *np.unique(sample.weights).tolist())
+                trained += int(np.count_nonzero(sample.weights[1:]))
+    finally:
+        for file in files.values():
+            file.close()
+    with open(f"{stem}.tmp", "wb") as file:
+        arrays = {side: np.array(values, np.int64) for side, values in lengths.items()}
+        np.savez(file, hashes=np.array(hashes, np.uint64), counts=json.dumps(counts), unit=unit, trained=trained, **arrays)
+    os.replace(f"{stem}.tmp", f"{stem}.npz")
+    return block.size
+
+
+def _rendered(job: _Job, block: Block, counts: Counter[str]) -> Iterator[tuple[int, tuple]]:
+    """The hash and the samples of each conversation of a block that is not dropped."""
+    for place, record in records.records(block):
+        counts["conversations"] += 1
+        try:
+            conversation = parse(record, place, job.columns)
+            digest = job.split.hash(conversation.canonical())
+            result = job.renderer.render(conversation)
+        except UserError as error:
+            if not job.skip_bad:
+                raise error if str(error).startswith(str(place)) else UserError(f"{place}: {error}") from None
+            counts["bad"] += 1
+            continue
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(f"{place}: half of a surrogate pair, {half}: the file was not written as Unicode") from None
+        counts[f"format {conversation.format}"] += 1
+        counts["with tools"] += bool(conversation.tools or any(m.calls for m in conversation.messages))
+        counts["with reasoning"] += any(m.reasoning for m in conversation.messages)
+        counts["split"] += result.split
+        counts["truncated"] += result.truncated
+        if result.dropped:
+            counts[result.dropped] += 1
+        else:
+            yield digest, result.samples
+
+
+def _stem(partial: Path, number: int) -> str:
+    return str(partial / f"part-{number:06d}")
+
+
+def _part(partial: Path, number: int) -> dict[str, np.ndarray]:
+    with np.load(_stem(partial, number) + ".npz") as part:
+        return dict(part)
+
+
+def _result(sources: list[Source], metas: list[dict], encoder: Encoder, renderer: Renderer, cache: Path) -> ChatCorpus:
+    results = []
+    for source, meta in zip(sources, metas, strict=True):
+        folder = cache / meta["key"]
+        same = ("key", "train_tokens", "heldout_tokens", "train_documents", "heldout_documents", "trained_tokens", "counts")
+        results.append(
+            ChatSource(
+                name=source.name,
+                weight=source.weight,
+                train_prefix=str(folder / "train"),
+                heldout_prefix=str(folder / "heldout") if meta["heldout_documents"] else None,
+                **{name: meta[name] for name in same},
+            )
+        )
+    key = hashlib.blake2b(json.dumps([[r.key, r.weight] for r in results]).encode(), digest_size=16).hexdigest()
+    return ChatCorpus(
+        key=key,
+        sources=results,
+        tokenizer_dir=str(encoder.folder),
+        vocab_size=encoder.vocab_size,
+        eod=encoder.eod,
+        dtype=str(encoder.dtype),
+        template_name=renderer.name,
+        template=renderer.template.get("default") or next(iter(renderer.template.values())),
+        unit=math.gcd(*(meta["unit"] for meta in metas)) or UNIT,
+    )

@@ -1,0 +1,148 @@
+"""NeMo's LoRA transforms, where NeMo 2.7.3's compute something else than LoRA.
+
+The parameter names are NeMo's own (`linear_qkv.adapter.linear_in.weight`, `linear_qkv.adapter.adapter_q.linear_in.weight`), so
+that its checkpoints load here and, where NeMo's layer is right, the other way round. What is put right:
+
+- Gemma's linears with a norm behind them (`post_layernorm`): NeMo adds the adapter after the norm. It belongs before it.
+- NeMo's CanonicalLoRA adds [all queries, all keys, all values] to Megatron's fused output, which is ordered group by group:
+  right for a single query group only. It also needs all of q, k and v (gate and up) to be adapted, takes the query's width to be
+  the hidden size, and saves gate's and up's B in pieces that only fit together again at the same tensor parallel size.
+- The same pieces for an MLP without a gate, in both LoRA and CanonicalLoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.llm import fn
+from nemo.collections.llm.gpt.model.gemma2 import TERowParallelLinearLayerNorm
+from nemo.collections.llm.peft import canonical_lora, dora, lora
+from nemo.collections.llm.peft.canonical_lora import ModuleDict
+from nemo.collections.llm.peft.lora import LoRALinear
+from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear, is_expert_linear
+from nemo.lightning.pytorch.callbacks.peft import PEFT, AdapterWrapper
+from torch import Tensor, nn
+
+# The parts of Megatron's fused linears, in their order: {linear: {part: CanonicalLoRA's target}}
+PARTS = {
+    "linear_qkv": {"adapter_q": "linear_q", "adapter_k": "linear_k", "adapter_v": "linear_v"},
+    "linear_fc1": {"adapter_gate": "linear_fc1_gate", "adapter_up": "linear_fc1_up"},
+}
+
+
+class PostNormLoRALinear(LoRALinear):
+    """norm(W x + adapter(x)): [s, b, in] -> [s, b, out] for a linear that normalises its output."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super(TERowParallelLinearLayerNorm, self.to_wrap).forward(x, *args, **kwargs)
+        return self.to_wrap.post_layernorm(output + self.adapter(x.contiguous()).reshape(output.shape)), bias
+
+
+class SplitLoRALinear(AdapterWrapper):
+    """A fused linear with an adapter for some or all of its parts (`ModuleDict` of `adapter_q`, ...)."""
+
+    def __init__(self, to_wrap: nn.Module, adapter: ModuleDict, widths: Mapping[str, int], groups: int):
+        """`widths` are the whole output features of every part, in order; each of `groups` groups has all parts."""
+        super().__init__(to_wrap, adapter)
+        self.widths, self.groups = widths, groups
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias, x = self.base_linear_forward(x, *args, **kwargs)
+        x = x.contiguous()
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        groups = self.groups // ranks if self.groups > 1 else 1
+        parts = []
+        for name, width in self.widths.items():
+            part = self.adapter[name](x) if name in self.adapter else output.new_zeros(*output.shape[:-1], width // ranks)
+            parts.append(part.reshape(*output.shape[:-1], groups, -1))
+        return output + torch.cat(parts, dim=-1).reshape(output.shape), bias
+
+
+@dataclass
+class LoRA(lora.LoRA):
+    """NeMo's LoRA: one adapter for each of Megatron's linears."""
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        return _put_right(super().transform(m, name, prefix))
+
+
+@dataclass
+class CanonicalLoRA(canonical_lora.CanonicalLoRA):
+    """One adapter for each linear that Hugging Face has, which is what PEFT trains, at any number of query groups.
+
+    `target_modules` may also name `linear_qkv` and `linear_fc1`, for a model whose Hugging Face form has them in one (Phi-3).
+    """
+
+    def __post_init__(self) -> None:
+        targets = self.target_modules
+        whole = [target for target in targets if target.endswith(tuple(PARTS))]
+        self.target_modules = [target for target in targets if target not in whole]
+        super().__post_init__()
+        self.target_modules = targets
+        for target in whole:
+            self.canonical_mapping[target].add(target)
+
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        if (found := self.match(m, name, prefix)) is None:
+            return m
+        pattern, full_name = found
+        targets = self.canonical_mapping[pattern]
+        input_is_parallel, in_features, out_features, no_sequence_comm, is_parallel = get_adapter_attributes_from_linear(m)
+
+        def adapter(width: int, part: str) -> ParallelLinearAdapter:
+            return ParallelLinearAdapter(
+                in_features,
+                width,
+                self.dim,
+                base_linear_name=part,
+                activation="identity",
+                column_init_method=self.lora_A_init_method,
+                row_init_method=self.lora_B_init_method,
+                input_is_parallel=input_is_parallel,
+                dropout=self.dropout,
+                dropout_position=self.dropout_position,
+                model_parallel_config=m.config,
+                alpha=self.alpha,
+                is_expert=is_expert_linear(full_name),
+                disable_sequence_parallel_comm=no_sequence_comm,
+                base_linear_is_parallel=is_parallel,
+            )
+
+        if name not in PARTS or pattern in targets:
+            return _put_right(LoRALinear(m, adapter(out_features, full_name)))
+        groups, shares = 1, [1, 1]
+        if name == "linear_qkv":
+            groups = m.config.num_query_groups
+            shares = [m.config.num_attention_heads // groups, 1, 1]
+        widths = {part: out_features * share // sum(shares) for part, share in zip(PARTS[name], shares, strict=True)}
+        adapters = {part: adapter(widths[part], part) for part, target in PARTS[name].items() if target in targets}
+        return SplitLoRALinear(m, ModuleDict(adapters), widths, groups)
+
+
+def transform(settings: Mapping[str, Any]) -> PEFT:
+    """The transform that an adapter was made for: `settings` has kind, target_modules, dim and alpha."""
+    kinds = {"lora": LoRA, "canonical_lora": CanonicalLoRA, "dora": dora.DoRA}
+    return kinds[settings["kind"]](
+        target_modules=list(settings["target_modules"]), dim=settings["dim"], alpha=settings["alpha"], dropout=settings["dropout"]
+    )
+
+
+def apply(peft: PEFT, model: nn.Module) -> nn.Module:
+    """Put the adapters into Megatron's model, in place, and freeze everything else."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return fn.walk(model, peft.transform)
+
+
+def _put_right(module: nn.Module) -> nn.Module:
+    if not isinstance(module, LoRALinear):
+        return module
+    if not module.to_wrap.config.gated_linear_unit:
+        module.adapter.base_linear_name = ""  # one with linear_fc1 is saved as a gate and an up projection
+    if isinstance(module.to_wrap, TERowParallelLinearLayerNorm):
+        return PostNormLoRALinear(module.to_wrap, module.adapter)
+    return module
