@@ -229,15 +229,15 @@ def _nemo_to_gguf(job: Job) -> None:
     staged = job.staged()
     if not staged.is_dir():
         _export(job, staged, None)
-    _to_gguf(job, staged)
+    _to_gguf(job, staged, job.name)
     shutil.rmtree(staged)
 
 
-def _to_gguf(job: Job, hf: Path) -> None:
-    from conversion import gguf_writer
+def _to_gguf(job: Job, hf: Path, name: str | None = None) -> None:
+    from conversion.gguf import writer as gguf_writer
 
     with bar(f"writing {job.target.name}") as progress:
-        written = gguf_writer.from_hf(hf, job.target, job.options.dtype or "f16", progress, name=job.name)
+        written = gguf_writer.from_hf(hf, job.target, job.options.dtype or "f16", progress, name=name)
     _say_written(job.target)
     print(f"read back: the weights are the source's up to {written.largest_error:.2g}")
     for note in written.notes:
@@ -245,7 +245,7 @@ def _to_gguf(job: Job, hf: Path) -> None:
 
 
 def _lora_to_hf(job: Job) -> None:
-    from conversion import lora_merge
+    from conversion.lora import merge as lora_merge
 
     base = _base(job, "hf")
     with bar(f"merging {Path(job.source).name}") as progress:
@@ -264,7 +264,7 @@ def _lora_to_hf(job: Job) -> None:
 
 
 def _lora_to_nemo(job: Job) -> None:
-    from conversion import lora_to_nemo
+    from conversion.lora import to_nemo as lora_to_nemo
 
     base = _base(job, "hf", "nemo")
     with bar(f"converting {Path(job.source).name}", unit="B") as progress:
@@ -273,7 +273,7 @@ def _lora_to_nemo(job: Job) -> None:
 
 
 def _nemo_to_lora(job: Job) -> None:
-    from conversion import lora_from_nemo
+    from conversion.lora import from_nemo as lora_from_nemo
 
     with bar(f"converting {Path(job.source).name}", unit="B") as progress:
         lora_from_nemo.convert(Path(job.source).expanduser(), job.target, progress=progress)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import io
 import logging
+import math
 import os
 import sys
 import time
@@ -316,16 +317,22 @@ def _compare_logits(report: Report, models: _Models, prompts_file: str | Path | 
         worst = max(failed, key=lambda i: _badness(report.prompts[i]))
         result = report.prompts[worst]
         text = " ".join(result.label.split())[:40]
+        d, mean = result.difference, ""
+        if result.allowed_mean is not None:
+            mean = f" and by {d.mean_abs:.2g} on average (allowed {result.allowed_mean:.2g})"
         report.failures.append(
-            f"logits differ by up to {result.difference.max_abs:.3g} (allowed {result.allowed:.2g}) on {text!r}; "
+            f"logits differ by up to {d.max_abs:.2g} (allowed {result.allowed:.2g}){mean} on {text!r}; "
             + _locate(report, models, ids[worst])
         )
 
 
 def _badness(result: PromptResult) -> float:
     """How far beyond what is allowed; infinite for NaN."""
-    ratio = result.difference.max_abs / max(result.allowed, 1e-30)
-    return ratio if ratio == ratio else float("inf")
+    d = result.difference
+    ratios = [d.max_abs / max(result.allowed, 1e-30)]
+    if result.allowed_mean is not None:
+        ratios.append(d.mean_abs / max(result.allowed_mean, 1e-30))
+    return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
 
 
 def _locate(report: Report, models: _Models, ids: torch.Tensor) -> str:

@@ -19,7 +19,8 @@ def main(rank: int, folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-    from conversion import lora_nemo, nemo_folder
+    from conversion import nemo_folder
+    from conversion.lora import nemo as lora_nemo
     from conversion.megatron import ATTENTION_VARIABLES, load_megatron
 
     torch.set_num_threads(1)

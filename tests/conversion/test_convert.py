@@ -232,7 +232,7 @@ def test_gguf_in(tmp_path, monkeypatch, llama):
 
 
 def test_gguf_out(tmp_path, monkeypatch, llama):
-    from conversion import gguf_writer
+    from conversion.gguf import writer as gguf_writer
 
     kinds = []
 

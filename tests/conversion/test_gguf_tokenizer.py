@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 from gguf_vocabulary_samples import BYTE, CONTROL, NORMAL, TEXTS, UNKNOWN, UNUSED, USER_DEFINED, encode, metadata
 
-from conversion import gguf_tokenizer, gguf_vocabulary
+from conversion.gguf import tokenizer as gguf_tokenizer
+from conversion.gguf import vocabulary as gguf_vocabulary
 from nemo_ext.errors import UserError
 
 SAMPLE = metadata()

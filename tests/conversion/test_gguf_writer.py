@@ -12,8 +12,11 @@ from gguf.constants import MODEL_ARCH_NAMES
 from gguf_vocabulary_samples import TEXTS, encode, metadata
 from safetensors.torch import load_file, save_file
 
-from conversion import families, gguf, gguf_file, gguf_tokenizer, gguf_writer
-from conversion.gguf_architectures import ARCHITECTURES
+from conversion import families, gguf
+from conversion.gguf import file as gguf_file
+from conversion.gguf import tokenizer as gguf_tokenizer
+from conversion.gguf import writer as gguf_writer
+from conversion.gguf.architectures import ARCHITECTURES
 from conversion.hf_to_nemo import read_config
 from nemo_ext.errors import RunError, UserError
 

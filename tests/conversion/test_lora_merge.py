@@ -9,7 +9,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import lora, lora_merge, safetensors_io
+from conversion import safetensors_io
+from conversion.lora import adapter as lora
+from conversion.lora import merge as lora_merge
 from nemo_ext.errors import RunError, UserError
 
 # gpt2: linears stored [in, out]; mixtral: experts; a wrapped gemma3: checkpoint names that differ from the modules'

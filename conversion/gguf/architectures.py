@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from conversion.gguf_file import GGUFFile, GGUFTensor
+from conversion.gguf.file import GGUFFile, GGUFTensor
 from nemo_ext.architecture import Architecture, LongRope, RopeScaling, SlidingWindow
 from nemo_ext.errors import UserError
 

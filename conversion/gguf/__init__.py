@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion import gguf_file
-from conversion.gguf_architectures import GGUFArchitecture, read_architecture, rope_tensors
-from conversion.gguf_file import GGUFFile, GGUFTensor
+from conversion.gguf import file as gguf_file
+from conversion.gguf.architectures import GGUFArchitecture, read_architecture, rope_tensors
+from conversion.gguf.file import GGUFFile, GGUFTensor
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 
@@ -78,9 +78,10 @@ def to_hf(file: Path, out_dir: Path, dtype: str = "float32", progress: Progress 
     architecture or tokenizer without a table, a vocabulary without a model, a mixture of experts, and for tensors that do not
     fit the metadata.
     """
-    from conversion import gguf_tokenizer, safetensors_io
+    from conversion import safetensors_io
     from conversion.atomic import new_folder
     from conversion.dtypes import cast, parse
+    from conversion.gguf import tokenizer as gguf_tokenizer
 
     target = parse(dtype)
     source = gguf_file.read(file)
@@ -111,7 +112,8 @@ def hf_tensors(file: Path) -> dict[str, HFTensor]:
 
 def _config(source: GGUFFile, model: Architecture, dtype: str) -> dict[str, Any]:
     """config.json of the model; refused where it would describe another one."""
-    from conversion import families, gguf_tokenizer
+    from conversion import families
+    from conversion.gguf import tokenizer as gguf_tokenizer
 
     config = families.hf_config(model, dtype, gguf_tokenizer.special_ids(source.metadata))
     if (described := families.architecture(config)) != model:

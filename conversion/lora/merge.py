@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from conversion import families, lora, safetensors_io
+from conversion import families, safetensors_io
 from conversion.activations import LogitDifference, compare
 from conversion.atomic import Unfinished, fingerprint, resumable_folder
 from conversion.dtypes import DTYPES, cast, parse
 from conversion.hf_to_nemo import read_config
-from conversion.lora import Adapter, Update
+from conversion.lora import adapter as lora
+from conversion.lora.adapter import Adapter, Update
 from conversion.safetensors_io import INDEX, TensorInfo
 from conversion.workers import Progress
 from nemo_ext.errors import RunError, UserError

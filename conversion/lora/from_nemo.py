@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from conversion import families, lora
+from conversion import families
 from conversion.atomic import new_folder
 from conversion.dist_checkpoint import SavedTensor, read
 from conversion.hf_to_nemo import KEY_PREFIX
-from conversion.lora import Computed
-from conversion.lora_nemo import MAGNITUDE, A, B, Place, Slot, dtype_name, find, refuse_dora, slots_of, unscaled
+from conversion.lora import adapter as lora
+from conversion.lora.adapter import Computed
+from conversion.lora.nemo import MAGNITUDE, A, B, Place, Slot, dtype_name, find, refuse_dora, slots_of, unscaled
 from conversion.workers import Progress
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError

@@ -29,8 +29,10 @@ from gguf import (
     size_label,
 )
 
-from conversion import families, gguf_file, gguf_vocabulary, hf_to_nemo, safetensors_io
-from conversion.gguf_architectures import rope_tensors, write_metadata
+from conversion import families, hf_to_nemo, safetensors_io
+from conversion.gguf import file as gguf_file
+from conversion.gguf import vocabulary as gguf_vocabulary
+from conversion.gguf.architectures import rope_tensors, write_metadata
 from nemo_ext.architecture import Architecture
 from nemo_ext.disk import sync
 from nemo_ext.errors import RunError, UserError, free_bytes, is_full

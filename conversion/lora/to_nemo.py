@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from conversion import families, lora, nemo_folder
+from conversion import families, nemo_folder
 from conversion.atomic import new_folder
 from conversion.dist_checkpoint import Chunk, StoredTensor, write
 from conversion.families import Family
 from conversion.hf_to_nemo import KEY_PREFIX, read_config
-from conversion.lora import Adapter, Update
-from conversion.lora_nemo import (
+from conversion.lora import adapter as lora
+from conversion.lora.adapter import Adapter, Update
+from conversion.lora.nemo import (
     KINDS,
     MAGNITUDE,
     SETTINGS,

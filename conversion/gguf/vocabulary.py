@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.gguf_tokenizer import (
+from conversion.gguf.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,

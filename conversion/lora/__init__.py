@@ -1,0 +1,1 @@
+"""LoRA adapters: PEFT's format, merging, and NeMo's adapter checkpoints."""

@@ -1,0 +1,115 @@
+"""In NeMo's trainer with a real Megatron model: the loss is the weighted mean over the tokens of the global batch, however
+conversations are packed and spread over micro batches and processes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chat_samples import turns
+from corpus_texts import PROSE
+
+from nemo_ext.data.chat.pack import pack
+from nemo_ext.data.chat.render import Settings
+from nemo_ext.data.chat.store import Samples, prepare
+from nemo_ext.data.sources import RECORDS, parse
+
+ROOT = Path(__file__).parents[4]
+SEQ, PACKS, CONVERSATIONS = 96, 8, 16
+TOLERANCE = 1e-5
+
+
+def conversation(rng):
+    words = PROSE.split()
+    messages = turns(*(" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2 * rng.randint(1, 2))))
+    for message in messages[1::2]:
+        message["weight"] = rng.choice([1, 1, 0.5, 0.3, 2])
+    return {"messages": messages}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, bare):
+    """Sixteen conversations to train on in eight packs, found by trying, and some held out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed in range(200):
+        rng = random.Random(seed)
+        (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(rng)) + "\n" for _ in range(CONVERSATIONS + 6)))
+        result = prepare(parse(str(folder / "chat.jsonl"), RECORDS), bare, folder / "cache", Settings(SEQ), heldout=0.25)
+        samples = Samples(result.sources[0].train_prefix)
+        if len(samples) == CONVERSATIONS and len(pack(samples.lengths - 1, SEQ)) == PACKS:
+            assert result.unit == 10 and result.heldout_documents == 6
+            return result
+    raise AssertionError("no corpus of the wanted shape")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, bare, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    whole = dict(steps=4)  # every step is an epoch, so that packed and unpacked steps see the same conversations
+    packed, alone = dict(pack=True, **{"global": PACKS}), dict(pack=False, **{"global": CONVERSATIONS})
+    some = dict(pack=True, steps=6, **{"global": 4})
+    few = dict(pack=False, steps=2, **{"global": 2})  # three held-out batches
+    one = [
+        dict(name="alone", micro=1, **alone, **whole),
+        dict(name="alone_micro4", micro=4, **alone, **whole),
+        dict(name="packed", micro=1, **packed, **whole),
+        dict(name="packed_micro2", micro=2, **packed, **whole),
+        dict(name="some", micro=1, **some),
+        dict(name="some_micro2", micro=2, **some),
+        dict(name="few", micro=1, **few),
+        dict(name="wrong", micro=1, per_token=False, **alone, **whole),
+    ]
+    two = [
+        dict(name="alone_dp2", micro=2, **alone, **whole),
+        dict(name="packed_dp2", micro=2, **packed, **whole),
+        dict(name="some_dp2", micro=1, **some),
+        dict(name="few_dp2", micro=1, **few),
+    ]
+    results = {}
+    for processes, cases in ((1, one), (2, two)):
+        plan = {"tokenizer": str(bare), "seq": SEQ, "blend": corpus.blend(), "cases": cases}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   str(Path(__file__).with_name("training_worker.py")), str(folder / "plan.json"), str(folder / "out.json")]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'training'}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        results.update(json.loads((folder / "out.json").read_text()))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("case", "reference"),
+    [("alone_micro4", "alone"), ("packed", "alone"), ("packed_micro2", "alone"), ("alone_dp2", "alone"), ("packed_dp2", "alone"),
+     ("some_micro2", "some"), ("some_dp2", "some"), ("few_dp2", "few")],
+)  # fmt: skip
+def test_losses_do_not_depend_on_the_layout(runs, case, reference):
+    """The loss of each step, the later ones after gradients of the earlier ones."""
+    assert runs[case]["losses"] == pytest.approx(runs[reference]["losses"], abs=TOLERANCE)
+    assert runs[case]["val_loss"] == pytest.approx(runs[reference]["val_loss"], abs=TOLERANCE)
+
+
+def test_training_learns(runs):
+    losses = runs["packed"]["losses"]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
+    assert len(runs["some"]["losses"]) == 6
+
+
+def test_without_the_switch_the_mean_is_another(runs):
+    """The first loss is NeMo's report and right; the gradients are not, and lead elsewhere."""
+    assert runs["wrong"]["losses"][0] == pytest.approx(runs["alone"]["losses"][0], abs=TOLERANCE)
+    assert abs(runs["wrong"]["losses"][-1] - runs["alone"]["losses"][-1]) > 100 * TOLERANCE
+
+
+def test_validation_is_the_mean_over_all_weighted_tokens(runs):
+    """Against each held-out conversation alone in the model, over batches of unequal weight."""
+    for name in ("alone", "packed", "some", "some_micro2", "some_dp2", "packed_dp2", "few", "few_dp2"):
+        assert runs[name]["val_loss"] == pytest.approx(runs[name]["by_hand"], abs=TOLERANCE)
+
+
+def test_no_token_sees_another_conversation(runs):
+    assert runs["packed"]["apart"] < TOLERANCE
+    assert runs["packed"]["leaked"] > 1e-2
