@@ -149,7 +149,7 @@ class Job:
     def check_layout(self, architecture: Architecture) -> None:
         """Refuse a verification that the model's shape does not allow before anything is converted."""
         if self.options.verify:
-            from conversion.megatron import Layout
+            from conversion.compare.megatron import Layout
 
             Layout(self.options.tp, self.options.pp, self.options.ep).check(architecture)
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from conversion.activations import LogitDifference, Trace
-    from conversion.megatron import Layout, Processes
-    from conversion.tensors import LazyTensor, TensorReport
+    from conversion.compare.activations import LogitDifference, Trace
+    from conversion.compare.megatron import Layout, Processes
+    from conversion.compare.tensors import LazyTensor, TensorReport
 
 Progress = Callable[[int, int, str], None]
 
@@ -200,8 +200,8 @@ def check(
 
     Raises UserError: not a checkpoint, a layout that does not divide the model, too little memory, prompts without a tokenizer.
     """
-    from conversion import tensors as tensor_files
-    from conversion.megatron import Layout, Processes
+    from conversion.compare import tensors as tensor_files
+    from conversion.compare.megatron import Layout, Processes
 
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
@@ -238,7 +238,7 @@ class _Models:
     def __init__(
         self, a: Checkpoint, b: Checkpoint, layout: Layout, processes: Processes | None, progress: Progress | None
     ) -> None:
-        from conversion.megatron import Layout
+        from conversion.compare.megatron import Layout
 
         self.a, self.b = a, b
         self.layouts = {"a": Layout() if b.kind == "nemo" else layout, "b": layout}  # a and b may be one checkpoint
@@ -247,14 +247,14 @@ class _Models:
     @functools.cached_property
     def tensors(self) -> tuple[Mapping[str, LazyTensor], Mapping[str, LazyTensor]]:
         """Both checkpoints' tensors, unread."""
-        from conversion.tensors import hf_tensors
+        from conversion.compare.tensors import hf_tensors
 
         return hf_tensors(self.a), hf_tensors(self.b)
 
     @functools.cached_property
     def rounded(self) -> torch.dtype | None:
         """The narrower dtype that one side's weights were rounded to: the other side is rounded likewise before it runs."""
-        from conversion.tensors import only_dtype
+        from conversion.compare.tensors import only_dtype
 
         dtypes = [dtype for tensors in self.tensors if (dtype := only_dtype(tensors))]
         if len(dtypes) < 2 or dtypes[0].itemsize == dtypes[1].itemsize:
@@ -263,7 +263,7 @@ class _Models:
 
     def run(self, side: str, ids: Sequence[torch.Tensor], dtype: torch.dtype, expected: int, layers: bool = False) -> list[Trace]:
         """What the model of side "a" or "b" computes for each prompt `[s]`; `expected` is how many runs there will be."""
-        from conversion import huggingface, megatron
+        from conversion.compare import huggingface, megatron
 
         checkpoint: Checkpoint = getattr(self, side)
 
@@ -282,8 +282,8 @@ class _Models:
 def _compare_logits(report: Report, models: _Models, prompts_file: str | Path | None, max_tokens: int) -> None:
     import torch
 
-    from conversion import prompts as prompt_choice
-    from conversion.activations import LOGITS, compare
+    from conversion.compare import prompts as prompt_choice
+    from conversion.compare.activations import LOGITS, compare
 
     a, b, dtype = models.a, models.b, getattr(torch, report.dtype)
     chosen = prompt_choice.choose(a, b, Path(prompts_file) if prompts_file else None, max_tokens)
@@ -339,8 +339,8 @@ def _locate(report: Report, models: _Models, ids: torch.Tensor) -> str:
     """Run both models in fp32 with their hidden states and say where they part: modules, tensors, configuration."""
     import torch
 
-    from conversion import tensors
-    from conversion.activations import LAYER, first_difference
+    from conversion.compare import tensors
+    from conversion.compare.activations import LAYER, first_difference
 
     try:
         reference, other = (models.run(side, [ids], torch.float32, 0, layers=True)[0] for side in "ab")
@@ -387,8 +387,8 @@ def _finite(report: Report, models: _Models, max_tokens: int) -> None:
     """Run what is not GGUF and refuse logits that are not finite."""
     import torch
 
-    from conversion import prompts as prompt_choice
-    from conversion.activations import LOGITS
+    from conversion.compare import prompts as prompt_choice
+    from conversion.compare.activations import LOGITS
 
     for side, checkpoint in (("a", models.a), ("b", models.b)):
         if checkpoint.kind == "gguf":

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from conversion import families, safetensors_io
-from conversion.activations import LogitDifference, compare
 from conversion.atomic import Unfinished, fingerprint, resumable_folder
+from conversion.compare.activations import LogitDifference, compare
 from conversion.dtypes import DTYPES, cast, parse
 from conversion.hf_to_nemo import read_config
 from conversion.lora import adapter as lora

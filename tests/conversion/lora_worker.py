@@ -20,8 +20,8 @@ def main(rank: int, folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
     from conversion import nemo_folder
+    from conversion.compare.megatron import ATTENTION_VARIABLES, load_megatron
     from conversion.lora import nemo as lora_nemo
-    from conversion.megatron import ATTENTION_VARIABLES, load_megatron
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

@@ -30,7 +30,8 @@ def main(rank: int, folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
-    from conversion import megatron, nemo_folder
+    from conversion import nemo_folder
+    from conversion.compare import megatron
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

@@ -20,7 +20,8 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from conversion import megatron, nemo_folder
+    from conversion import nemo_folder
+    from conversion.compare import megatron
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

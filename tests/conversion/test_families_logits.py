@@ -7,8 +7,9 @@ import tiny_models
 import torch
 import torch.distributed.checkpoint as dcp
 
-from conversion import hf_to_nemo, huggingface, megatron, nemo_folder
-from conversion.activations import LOGITS, compare
+from conversion import hf_to_nemo, nemo_folder
+from conversion.compare import huggingface, megatron
+from conversion.compare.activations import LOGITS, compare
 from nemo_ext.architecture import LongRope
 
 # Shorter and longer than the windows (12) and than the length from which LongRoPE is another (32).

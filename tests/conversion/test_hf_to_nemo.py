@@ -69,7 +69,8 @@ def test_keys_and_shapes_are_megatrons(nemo):
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
-    from conversion import megatron, nemo_folder
+    from conversion import nemo_folder
+    from conversion.compare import megatron
 
     with megatron.single_process():
         model = megatron.load_megatron(nemo_folder.find(nemo), seq_length=16)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import dist_checkpoint, hf_to_nemo, nemo_folder
+from conversion.compare.megatron import load_megatron, single_process
 from conversion.lora import from_nemo as lora_from_nemo
 from conversion.lora import nemo as lora_nemo
 from conversion.lora import to_nemo as lora_to_nemo
-from conversion.megatron import load_megatron, single_process
 from nemo_ext.errors import UserError
 
 Q_V = dict(target_modules=["q_proj", "v_proj"])

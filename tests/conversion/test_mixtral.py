@@ -13,7 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from conversion import activations, families, hf_to_nemo, megatron, nemo_folder, nemo_to_hf
+from conversion import families, hf_to_nemo, nemo_folder, nemo_to_hf
+from conversion.compare import activations, megatron
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 from recipes import models

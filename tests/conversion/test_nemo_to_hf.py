@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conversion import dist_checkpoint, families, hf_to_nemo, megatron, nemo_folder, nemo_to_hf, safetensors_io
+from conversion import dist_checkpoint, families, hf_to_nemo, nemo_folder, nemo_to_hf, safetensors_io
+from conversion.compare import megatron
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError

@@ -10,8 +10,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import activations, hf_to_nemo, verify
-from conversion.activations import Activation
+from conversion import hf_to_nemo, verify
+from conversion.compare import activations
+from conversion.compare.activations import Activation
 from nemo_ext.errors import UserError
 
 LAYER = "model.layers.2."

@@ -8,8 +8,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import hf_to_nemo, megatron, verify
-from conversion.megatron import Layout
+from conversion import hf_to_nemo, verify
+from conversion.compare import megatron
+from conversion.compare.megatron import Layout
 from nemo_ext.errors import RunError, UserError
 
 

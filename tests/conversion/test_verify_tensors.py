@@ -9,8 +9,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import hf_to_nemo, nemo_to_hf, prompts, tensors, verify
+from conversion import hf_to_nemo, nemo_to_hf, verify
 from conversion.checkpoint import Checkpoint
+from conversion.compare import prompts, tensors
 from nemo_ext.errors import UserError
 
 NAMES = [f"word{i}" for i in range(40)]

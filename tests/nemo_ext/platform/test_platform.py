@@ -55,7 +55,7 @@ def test_a_gpt_has_transformer_engines_parameter_names():
     import fiddle as fdl
 
     import recipes
-    from conversion.megatron import single_process
+    from conversion.compare.megatron import single_process
 
     config = fdl.build(recipes.load("pretrain_qwen2.5", size="smoke").model.config)
     with single_process():

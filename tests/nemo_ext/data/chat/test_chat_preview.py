@@ -25,7 +25,9 @@ def test_trained_text_is_coloured(bare, chat):
     assert first.title().startswith(f"{chat[0].name}, record 1: format messages with reasoning, system prompt; template chatml; ")
     assert "format completion; template chatml" in second.title()
     text = coloured(first, tokenizer)
-    by_style = {style: "".join(text.plain[s.start : s.end] for s in text.spans if s.style == style) for style in (TRAINED, PARTLY)}
+    by_style = {
+        style: "".join(text.plain[s.start : s.end] for s in text.spans if s.style == style) for style in (TRAINED, PARTLY)
+    }
     assert by_style == {PARTLY: "Hello!<|im_end|>", TRAINED: "<think>\nSo soon.\n</think>\n\nNow<|im_end|>"}
     assert text.plain.partition("\n")[2] == first.samples[0].text.join(["", "\n"])
 

@@ -33,7 +33,9 @@ def chat(tmp_path):
 
 
 def run(data, folder, cache, settings=None, **arguments):
-    return prepare(parse(data if isinstance(data, list) else str(data), RECORDS), folder, cache, settings or Settings(256), **arguments)
+    return prepare(
+        parse(data if isinstance(data, list) else str(data), RECORDS), folder, cache, settings or Settings(256), **arguments
+    )
 
 
 def samples_of(prefix):
@@ -138,14 +140,14 @@ def test_what_is_left_out_is_counted(tmp_path, bare, template_files):
     masked[1]["weight"] = 0
     rows = [
         {"messages": turns("Hi", "Hello!")},
-        {"messages": turns("Hi", "Hello!", "More", "x " * 100)},
-        {"messages": turns("x " * 100, "Hello!")},
+        {"messages": turns("Hi", "Hello!", "More", "x " * 300)},
+        {"messages": turns("x " * 300, "Hello!")},
         {"messages": masked},
         {"messages": WITH_TOOLS, "tools": TOOLS},
         {"messages": turns("Hi")},
     ]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
-    settings = Settings(100, template=str(template_files / "qwen"))
+    settings = Settings(250, template=str(template_files / "qwen"))
     with pytest.raises(UserError, match="chat.json, record 6: no turn of the assistant"):
         run(tmp_path / "chat.json", bare, tmp_path / "cache", settings, heldout=0)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -154,10 +156,12 @@ def test_what_is_left_out_is_counted(tmp_path, bare, template_files):
     names = ("conversations", "truncated", "overlong", "masked", "bad", "with tools")
     assert [counts[name] for name in names] == [6, 1, 1, 1, 1, 1] and corpus.train_documents == 3
     (line,) = corpus.report()
-    assert "1 truncated" in line and "1 dropped as too long" in line and "1 skipped as unreadable" in line and "with tools" in line
+    assert (
+        "1 truncated" in line and "1 dropped as too long" in line and "1 skipped as unreadable" in line and "with tools" in line
+    )
     template = str(template_files / "mistral")
     with pytest.raises(UserError, match="record 5: the chat template .* refuses the conversation: Only user and assistant"):
-        run(tmp_path / "chat.json", bare, tmp_path / "cache", Settings(100, template=template), heldout=0)
+        run(tmp_path / "chat.json", bare, tmp_path / "cache", Settings(250, template=template), heldout=0)
 
 
 def test_units_of_weights(tmp_path, bare):
@@ -172,7 +176,11 @@ def test_units_of_weights(tmp_path, bare):
     [
         (None, {}, "no conversations in it"),
         (turns("x " * 100, "y"), {"seq_length": 32}, "nothing to train on: 2 of 2 conversations do not fit into seq=32"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}], {}, "in all 2 conversations no"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}],
+            {},
+            "in all 2 conversations no",
+        ),
     ],
 )
 def test_nothing_to_train_on(tmp_path, bare, messages, settings, says):
@@ -189,4 +197,6 @@ def test_one_conversation_cannot_be_split(tmp_path, bare):
     assert corpus_module.SMALLEST > 0
     with pytest.raises(UserError, match="heldout=1.5"):
         run(tmp_path / "chat.json", bare, tmp_path / "cache", heldout=1.5)
-    np.testing.assert_array_equal(Samples(run(tmp_path / "chat.json", bare, tmp_path / "cache", heldout=0).blend()[0][1]).lengths > 5, True)
+    np.testing.assert_array_equal(
+        Samples(run(tmp_path / "chat.json", bare, tmp_path / "cache", heldout=0).blend()[0][1]).lengths > 5, True
+    )

@@ -77,9 +77,9 @@ def run(plan: dict, case: dict) -> Record:
         tokenizer=tokenizer, num_workers=0, val_batches=100, pack=case["pack"],
     )  # fmt: skip
     trainer = nl.Trainer(
-        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=case["steps"], callbacks=[record], log_every_n_steps=1,
-        limit_val_batches=1000, val_check_interval=case["steps"], num_sanity_val_steps=0, use_distributed_sampler=False,
-        enable_checkpointing=False, logger=False, precision=32, enable_progress_bar=False,
+        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=case["steps"], callbacks=[record],
+        log_every_n_steps=1, limit_val_batches=1000, val_check_interval=case["steps"], num_sanity_val_steps=0, precision=32,
+        use_distributed_sampler=False, enable_checkpointing=False, logger=False, enable_progress_bar=False,
         strategy=nl.MegatronStrategy(pipeline_dtype=torch.float32, gradient_as_bucket_view=True),
     )  # fmt: skip
     optimizer = nl.MegatronOptimizerModule(config=OptimizerConfig(optimizer="sgd", lr=0.5, params_dtype=torch.float32))

@@ -80,7 +80,7 @@ def test_tools():
     assert list(conversation.tools) == TOOLS
     text = [*WITH_TOOLS]  # OpenAI writes arguments as text
     text[1] = {"role": "assistant", "content": None,
-               "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}]}  # fmt: skip
+               "tool_calls": [{"id": "c1", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}]}  # fmt: skip
     assert parse({"messages": text, "tools": '[{"name": "add"}]'}).messages == conversation.messages
     sharegpt = {
         "conversations": [

@@ -21,7 +21,7 @@ def megatron():
 
 def write(path, count, name="a"):
     rng = np.random.default_rng(len(name))
-    rows = [turns(f"Question {name} {i}?", "word " * int(rng.integers(1, 60))) for i in range(count)]
+    rows = [turns(f"Question {name} {i}?", "word " * int(rng.integers(1, 14))) for i in range(count)]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return str(path)
 
@@ -99,7 +99,7 @@ def documents_of(row):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_every_epoch_has_every_conversation_once(corpus, pack):
-    data = module(corpus, pack=pack)
+    data = module(corpus, steps=30, pack=pack)
     stored = sorted((tuple(ids.tolist()), tuple((w[1:] // 100).tolist())) for ids, w in Samples(corpus.sources[0].train_prefix))
     (epoch,) = data.rows_per_epoch
     assert epoch == len(stored) if not pack else epoch < len(stored) / 2
@@ -161,9 +161,9 @@ def test_blends(tmp_path, bare):
     together = prepare(parse([a, b], RECORDS), bare, tmp_path / "cache", Settings(SEQ), heldout=0)
     data = module(together, steps=30, pack=False)
     assert data.rows_per_epoch == [30, 90]
-    assert (data._train.source_of[:120] == 0).sum() == 30 and sorted(data._train.row_of[:120][data._train.source_of[:120] == 1]) == [
-        *range(90)
-    ]
+    assert (data._train.source_of[:120] == 0).sum() == 30 and sorted(
+        data._train.row_of[:120][data._train.source_of[:120] == 1]
+    ) == [*range(90)]
     weighted = prepare(parse([f"{a}:0.8", f"{b}:0.2"], RECORDS), bare, tmp_path / "cache", Settings(SEQ), heldout=0)
     sources = module(weighted, steps=30)._train.source_of
     assert abs((sources == 0).mean() - 0.8) < 0.01 and abs((sources[:20] == 0).mean() - 0.8) < 0.06

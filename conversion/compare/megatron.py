@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conversion import nemo_folder
-from conversion.activations import (
+from conversion.compare.activations import (
     LOGITS,
     Activation,
     Trace,

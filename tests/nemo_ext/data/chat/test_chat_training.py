@@ -72,10 +72,10 @@ def runs(corpus, bare, tmp_path_factory):
     for processes, cases in ((1, one), (2, two)):
         plan = {"tokenizer": str(bare), "seq": SEQ, "blend": corpus.blend(), "cases": cases}
         (folder / "plan.json").write_text(json.dumps(plan))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                   str(Path(__file__).with_name("training_worker.py")), str(folder / "plan.json"), str(folder / "out.json")]  # fmt: skip
+        worker = [str(Path(__file__).with_name("chat_training_worker.py")), str(folder / "plan.json"), str(folder / "out.json")]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'training'}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         results.update(json.loads((folder / "out.json").read_text()))
     return results

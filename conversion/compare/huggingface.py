@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from conversion import safetensors_io
-from conversion.activations import (
+from conversion.compare.activations import (
     LOGITS,
     Activation,
     Trace,
