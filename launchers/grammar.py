@@ -83,7 +83,11 @@ def nearest(name: str) -> str:
 
 def help_lines(recipe: str, defaults: dict[str, Any]) -> list[str]:
     """The keys of a recipe with defaults, units and a line each, for `--help`."""
-    lines = [f"python launchers/run.py recipe={recipe} key=value ...", "", *command_line.key_lines(TrainKeys, defaults)]
+    lines = [
+        f"python launchers/run.py recipe={recipe} key=value ...",
+        "",
+        *command_line.key_lines(TrainKeys, defaults, recipe.split("_")[0]),
+    ]
     lines += ["", "launch"] + [f"  {name + '=':<23}{text}" for name, text in LAUNCH_KEYS.items() if name != "recipe"]
     lines += [
         "",

@@ -5,6 +5,8 @@ Everything is cached by content under `cache_folder()`, so that the second start
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +110,13 @@ def weights(checkpoint: Checkpoint) -> Path:
     return folder
 
 
-def describe(run_dir: Path, architecture: Architecture, tokenizer: Path, checkpoint: Checkpoint | None) -> None:
-    """Put into a run's folder which model its checkpoints are of, so that they convert and start other runs on their own."""
+def describe(
+    run_dir: Path, architecture: Architecture, tokenizer: Path, checkpoint: Checkpoint | None, template: str | None = None
+) -> None:
+    """Put into a run's folder which model its checkpoints are of, so that they convert and start other runs on their own.
+
+    `template` is the chat template that the run trains with.
+    """
     from conversion.atomic import new_folder
 
     folder = run_dir / run_folder.MODEL
@@ -119,6 +126,8 @@ def describe(run_dir: Path, architecture: Architecture, tokenizer: Path, checkpo
     with new_folder(folder) as partial:
         nemo_folder.write_description(partial, architecture, record)
         nemo_folder.copy_tokenizer(tokenizer, partial / nemo_folder.TOKENIZER)
+        if template is not None:
+            (partial / nemo_folder.TOKENIZER / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _converted(source: Path) -> Path:
@@ -153,6 +162,63 @@ def corpus(keys: dict[str, Any], tokenizer: Path):
         )  # fmt: skip
 
 
+def conversations(keys: dict[str, Any], tokenizer: Path):
+    """The recipe's conversations rendered and tokenised (`nemo_ext.data.chat.store.ChatCorpus`); the first ones are shown."""
+    from nemo_ext.data import sources
+    from nemo_ext.data.chat import preview, store
+    from nemo_ext.data.chat.render import Settings
+
+    parsed = [
+        _questions(source) if source.kind == "python-docs" else source for source in sources.parse(keys["data"], sources.RECORDS)
+    ]
+    settings = Settings(keys["seq"], keys["template"], keys["train_on"], keys["overlong"], keys["reasoning"])
+    columns = _columns(keys["columns"])
+    if keys["preview"]:
+        preview.show(parsed, tokenizer, settings, columns, keys["preview"])
+    with bar("tokenising", unit="B") as progress:
+        corpus = store.prepare(
+            parsed, tokenizer, cache_folder() / "chat", settings, columns=columns, skip_bad=keys["skip_bad"],
+            heldout=keys["heldout"], seed=keys["seed"], workers=keys["workers"] or _cores(), progress=progress,
+        )  # fmt: skip
+    print("\n".join(corpus.report()))
+    return corpus
+
+
+def rows_per_epoch(corpus, keys: dict[str, Any]) -> int:
+    """Sequences of `seq` tokens that one pass over the training data takes."""
+    from nemo_ext.data.chat.store import ChatCorpus, Samples
+
+    if not isinstance(corpus, ChatCorpus):
+        return corpus.train_tokens // keys["seq"]
+    if not keys["pack"]:
+        return corpus.train_documents
+    from nemo_ext.data.chat.pack import pack
+
+    return sum(len(pack(Samples(source.train_prefix).lengths - 1, keys["seq"])) for source in corpus.sources)
+
+
+def _questions(source):
+    """`python-docs` as conversations: questions about the standard library with their answers, in a file of the cache."""
+    import dataclasses
+    import sys
+
+    from nemo_ext.data import stdlib_docs
+    from nemo_ext.disk import write_atomic
+
+    version = hashlib.sha256(f"{sys.version} {stdlib_docs.QUESTIONS_VERSION}".encode()).hexdigest()[:16]
+    file = cache_folder() / "chat" / f"python-docs-questions-{version}.jsonl"
+    if not file.is_file():
+        write_atomic(file, "".join(json.dumps(record) + "\n" for record in stdlib_docs.questions()))
+    return dataclasses.replace(source, kind="files", files=(file,), chosen=True)
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    pairs = [part.partition(":") for part in (text or "").split(",") if part.strip()]
+    if any(not name.strip() or not field.strip() for name, _, field in pairs):
+        raise UserError(f"columns={text}: give pairs such as prompt:question,completion:answer")
+    return {name.strip(): field.strip() for name, _, field in pairs}
+
+
 def _cores() -> int:
     from nemo_ext.platform.hardware import detect
 
@@ -161,7 +227,5 @@ def _cores() -> int:
 
 def _fingerprint(files: list[Path]) -> str:
     """Twelve hexadecimal digits of names, sizes and modification times: a changed file is converted again."""
-    import hashlib
-
     text = "\n".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

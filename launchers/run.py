@@ -34,7 +34,7 @@ LOCK = ".lock"
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
     "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
-    "val_every tensorboard wandb out export".split()
+    "val_every tensorboard wandb out export preview".split()
 )
 
 
@@ -100,8 +100,10 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
         _check_overrides(command, keys, architecture)
     tokenizer = _tokenizer(keys, checkpoint, architecture)
     print(_brief(planned))
-    text = prepare.corpus(keys, tokenizer)
-    keys["steps"] = keys["steps"] or max(1, text.train_tokens // (keys["seq"] * keys["global_batch"]))
+    method, _ = recipes.split(command.recipe)
+    text = prepare.conversations(keys, tokenizer) if method.conversations else prepare.corpus(keys, tokenizer)
+    rows = keys["epochs"] * prepare.rows_per_epoch(text, keys)
+    keys["steps"] = keys["steps"] or max(1, int(rows // keys["global_batch"]))
     keys = recipes.finish(keys)
     _check_same_run(run_dir, command.recipe, keys, command.overrides)
     found = _usable_checkpoint(run_dir)
@@ -109,7 +111,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
     if started_at < keys["steps"]:
         _check_disk(run_dir, planned, keys)
         weights = prepare.weights(checkpoint) if checkpoint and not found else None
-        prepare.describe(run_dir, architecture, tokenizer, checkpoint)
+        prepare.describe(run_dir, architecture, tokenizer, checkpoint, getattr(text, "template", None))
         grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
         run_folder.write_json(run_dir / run_folder.PLAN, planned.to_dict())
         job = {

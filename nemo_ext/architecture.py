@@ -213,8 +213,10 @@ class Architecture:
         unused = self.mlps_per_layer - self.active_mlps_per_layer
         return self.num_parameters() - self.num_layers * unused * self.mlp_parameters
 
-    def flops_per_token(self, seq: int) -> float:
+    def flops_per_token(self, seq: int, adapter: int | None = None) -> float:
         """Floating-point operations a trained token costs, forward and backward, without recomputation.
+
+        With the weights frozen, for an adapter of so many parameters: theirs have no gradient, only their inputs.
 
         Two per multiply-add, backward twice forward; causal attention counted at half its square; sliding-window layers at
         the window; of the experts those that a token goes through; the output projection included, the embedding lookup not.
@@ -227,8 +229,10 @@ class Architecture:
         if (window := self.sliding_window) is not None:
             attended = [min(window.size, seq / 2) if window.cuts(i) else seq / 2 for i in range(self.num_layers)]
         attention = sum(2 * self.attention_width * n for n in attended)  # scores and weighted values
-        forward = 2 * (self.num_layers * gemms + attention + h * self.vocab_size)
-        return 3.0 * forward
+        weights = self.num_layers * gemms + h * self.vocab_size
+        if adapter is not None:
+            return 4.0 * weights + 6.0 * (attention + adapter)
+        return 6.0 * (weights + attention)
 
     def to_dict(self) -> dict:
         """JSON-ready form; `Architecture(**d)` reads it back."""

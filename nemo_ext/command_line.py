@@ -33,10 +33,21 @@ class Stopped(BaseException):
     """SIGTERM, raised where the command is."""
 
 
-def key(default: Any, help: str, *, unit: str = "", path: str = "", choices: tuple = (), auto: str = "", group: str = "") -> Any:
-    """A field of a schema. `path`: the recipe's field that the key sets. `auto`: what None stands for, in words."""
+def key(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    path: str = "",
+    choices: tuple = (),
+    auto: str = "",
+    group: str = "",
+    only: tuple = (),
+) -> Any:
+    """A field of a schema. `path`: the recipe's field that the key sets. `auto`: what None stands for, in words. `only`: the
+    methods that have the key, where not all do."""
     return dataclasses.field(
-        default=default, metadata=dict(help=help, unit=unit, path=path, choices=choices, auto=auto, group=group)
+        default=default, metadata=dict(help=help, unit=unit, path=path, choices=choices, auto=auto, group=group, only=only)
     )
 
 
@@ -111,10 +122,12 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else "; --help shows the keys"
 
 
-def key_lines(schema: type, defaults: dict[str, Any] | None = None) -> list[str]:
-    """The keys of a schema with defaults, units and a line each, for `--help`."""
+def key_lines(schema: type, defaults: dict[str, Any] | None = None, method: str = "") -> list[str]:
+    """The keys of a schema (those that `method` has) with defaults, units and a line each, for `--help`."""
     lines: list[str] = []
     for name, f in keys_of(schema).items():
+        if f.metadata["only"] and method not in f.metadata["only"]:
+            continue
         if group := f.metadata["group"]:
             lines += ["" if lines else None, group]
         default = (defaults or {}).get(name, f.default)

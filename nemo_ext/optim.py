@@ -78,17 +78,21 @@ class MegatronAdam(MegatronOptimizerModule):
 
     (Howard & Ruder 2018, arXiv:1801.06146, section 3.2; Clark et al. 2020, arXiv:2003.10555.) Tied output embeddings follow the
     input embedding. `layer_decay=1` is plain Adam. Groups are the same on every rank, so that checkpoints reshard.
+
+    `lora_plus` multiplies the learning rate of adapters' B (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
     """
 
-    def __init__(self, config, lr_scheduler=None, layer_decay: float = 1.0):
+    def __init__(self, config, lr_scheduler=None, layer_decay: float = 1.0, lora_plus: float = 1.0):
         super().__init__(config, lr_scheduler=lr_scheduler)
-        self.layer_decay = layer_decay
+        self.layer_decay, self.lora_plus = layer_decay, lora_plus
 
     def optimizers(self, model):
         upstream = megatron_optimizer._get_param_groups
 
         def layerwise_groups(model_chunks, *args, **kwargs):
             groups = upstream(model_chunks, *args, **kwargs)
+            if self.lora_plus != 1.0:
+                groups = split_adapters(groups, _of_adapters_b(model_chunks), self.lora_plus)
             return groups if self.layer_decay == 1.0 else split_by_depth(groups, *_depths(model_chunks), self.layer_decay)
 
         with mock.patch.object(megatron_optimizer, "_get_param_groups", layerwise_groups):
@@ -134,4 +138,18 @@ def split_by_depth(groups: list[dict], depths: dict[int, int], deepest: int, lay
         }
         for group in groups
         for depth in range(deepest + 1)
+    ]
+
+
+def _of_adapters_b(model_chunks) -> set[int]:
+    """The ids of the parameters that are adapters' B."""
+    return {id(p) for chunk in model_chunks for name, p in chunk.named_parameters() if name.endswith("linear_out.weight")}
+
+
+def split_adapters(groups: list[dict], b: set[int], ratio: float) -> list[dict]:
+    """Each Megatron parameter group as two: without the parameters `b`, and those with `ratio` times the learning rate."""
+    return [
+        {**group, "params": [p for p in group["params"] if (id(p) in b) == chosen], "lr_mult": group["lr_mult"] * factor}
+        for group in groups
+        for chosen, factor in ((False, 1.0), (True, ratio))
     ]

@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_ext import adapters
 from nemo_ext.architecture import Architecture
 from nemo_ext.command_line import check_choice
 from nemo_ext.errors import UserError
@@ -28,10 +29,27 @@ class Method:
     families: tuple[str, ...]
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     needs_weights: bool = False
+    conversations: bool = False  # what it learns, rather than documents
+    adapter: bool = False  # what it trains, rather than all weights
 
 
 METHODS = {
     "cpt": Method("continue pre-training", tuple(f for f in FAMILIES if f != "custom"), needs_weights=True),
+    "sft": Method(
+        "tune on conversations",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 1e-5, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+    ),
+    "lora": Method(
+        "train an adapter on conversations (LoRA)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 2e-4, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+        adapter=True,
+    ),
     "pretrain": Method("pre-train from random weights", tuple(FAMILIES), {"lr": 3e-4}),
 }
 SHAPE_KEYS = {"layers": "num_layers", "hidden": "hidden_size", "ffn": "ffn_hidden_size", "heads": "num_attention_heads",
@@ -66,6 +84,10 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     method, family = split(name)
     if (unknown := set(given) - set(fields())) != set():
         raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
+    for key, field in fields().items():
+        only = field.metadata["only"]
+        if only and name.split("_")[0] not in only and given.get(key) not in (None, field.default):
+            raise UserError(f"{key}= is for recipe={only[0]}_{family}, not for {name}")
     keys = {**{n: f.default for n, f in fields().items()}, **method.defaults}
     keys.update({k: v for k, v in given.items() if v is not None})
     keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
@@ -84,12 +106,25 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
         "val_batches": 4 if on_cpu else 8,
         "out": f"runs/{name}-{keys['size']}",
     }
+    if method.conversations:
+        defaults["cp"] = 1  # packed conversations are not split over devices
+        capped = models.size(family, keys["size"]).architecture.attn_logit_softcapping is not None
+        if not on_cpu and capped:
+            if given.get("pack"):
+                raise UserError("pack=true: capped attention takes no packed rows on a GPU: pack=false")
+            keys["pack"] = False
+        if keys["pack"] and not on_cpu:
+            defaults["micro_batch"] = 1  # Transformer Engine takes one packed row
     keys.update({k: v for k, v in defaults.items() if keys[k] is None})
     if any(keys[k] is not None for k in SHAPE_KEYS) and family != "custom":
         bad = next(k for k in SHAPE_KEYS if keys[k] is not None)
         raise UserError(f"{bad}= is for recipe=pretrain_custom: the shape of {name} is its checkpoint's")
     for check in (_positive, _choices, _shares):
         check(keys)
+    if method.adapter:
+        adapters.targets(models.size(family, keys["size"]).architecture.family, keys["targets"])
+    elif keys["export"] == "lora":
+        raise UserError(f"export=lora is for recipe=lora_{family}: {name} trains all weights")
     return keys
 
 
@@ -138,10 +173,13 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
     keys.update({k: v for k, v in simplest.items() if keys[k] is None})
     keys["sp"] = keys["tp"] > 1 if keys["sp"] is None else keys["sp"]
     keys = finish(keys)
-    from recipes import pretraining
+    method, _ = split(name)
+    if method.adapter and keys["rank"] % keys["tp"]:
+        raise UserError(f"rank={keys['rank']} is not a multiple of tp={keys['tp']}: the adapter is split too")
+    from recipes import training
     from recipes.overrides import apply
 
-    recipe = pretraining.build(keys, shape or architecture(name, keys))
+    recipe = training.build(keys, shape or architecture(name, keys), method.conversations, method.adapter)
     apply(recipe, overrides or {})
     return recipe
 
@@ -149,7 +187,8 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
 def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | None, checkpoint: str | None):
     """Put this machine's paths into a recipe: the run's folder, the tokenizer's, the corpus, and where to start from.
 
-    `weights` is a converted checkpoint whose weights start a new run; `checkpoint` one of this run, continued exactly.
+    `weights` is a converted checkpoint whose weights start a new run, or every start of an adapter's; `checkpoint` one of this
+    run, continued exactly.
     """
     from recipes import binding
 
@@ -158,10 +197,10 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 
 def _positive(keys: dict[str, Any]) -> None:
     for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp "
-                 "cp ep gpu_memory every val_every eps layer_decay").split():  # fmt: skip
+                 "cp ep gpu_memory every val_every eps layer_decay epochs rank alpha lora_plus").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
-    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches"):
+    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview"):
         if keys[name] is not None and keys[name] < 0:
             raise UserError(f"{name}={keys[name]} must not be negative")
     if keys["min_lr"] is not None and keys["min_lr"] > keys["lr"]:
@@ -171,7 +210,7 @@ def _positive(keys: dict[str, Any]) -> None:
 
 
 def _shares(keys: dict[str, Any]) -> None:
-    for name, low, high in (("heldout", 0.0, 1.0), ("decay", 0.0, 1.0), ("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)):
+    for name, low, high in (("heldout", 0.0, 1.0), ("decay", 0.0, 1.0), ("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("dropout", 0.0, 1.0)):
         if not low <= keys[name] < high and not (name == "decay" and keys[name] == 1.0):
             raise UserError(f"{name}={keys[name]} must be at least {low:g} and below {high:g}")
 

@@ -12,10 +12,14 @@ from typing import Any
 
 from nemo_ext.command_line import key, keys_of
 
+TEXT = ("pretrain", "cpt")  # methods that learn documents
+ADAPTER = ("lora",)  # methods that train an adapter of frozen weights
+CHAT = ("sft", *ADAPTER)  # methods that learn conversations
+
 
 @dataclass
 class TrainKeys:
-    """Every key of `pretrain_*` and `cpt_*`, in the order `--help` shows them."""
+    """Every key of a training recipe, in the order `--help` shows them."""
 
     size: str | None = key(None, "size of the model family", auto="the family's default; smoke without CUDA", group="model")
     model: str | None = key(
@@ -38,16 +42,32 @@ class TrainKeys:
     )  # fmt: skip
 
     data: Any = key(
-        None, "text, Markdown, JSONL, Parquet, a folder or glob of them, a Hugging Face dataset, or [a:0.7,b:0.3]",
-        auto="python-docs: the standard library's documentation on this machine", group="data",
+        None, "text, Markdown, JSONL, Parquet (conversations: JSON, JSONL, CSV, Parquet), a folder or glob of them, a Hugging Face "
+        "dataset, or [a:0.7,b:0.3]", auto="python-docs: the standard library's documentation on this machine", group="data",
     )  # fmt: skip
-    text_key: str = key("text", "column or field that holds the text")
+    text_key: str = key("text", "column or field that holds the text", only=TEXT)
+    columns: str | None = key(
+        None, "fields of unusual records: prompt:question,completion:answer", auto="the formats' own", only=CHAT
+    )
+    skip_bad: bool = key(False, "count conversations that cannot be read instead of stopping at the first", only=CHAT)
+    template: str | None = key(
+        None, "chat template: a name or a Jinja file", auto="the tokenizer's own; chatml where it has none", only=CHAT
+    )
+    train_on: str = key("assistant", "turns that are learnt", choices=("assistant", "all", "last"), only=CHAT)
+    reasoning: str = key("keep", "the assistant's reasoning (think) parts", choices=("keep", "drop"), only=CHAT)
+    overlong: str = key(
+        "truncate", "conversations longer than seq: drop turns from the end, or the conversation", choices=("truncate", "drop"),
+        only=CHAT,
+    )  # fmt: skip
+    pack: bool = key(True, "several conversations in a row, without seeing each other", path="data.pack", only=CHAT)
+    preview: int = key(1, "conversations shown with what is learnt in colour", only=CHAT)
     heldout: float = key(0.02, "share of the documents kept out of training for evaluation")
     seq: int | None = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
     workers: int | None = key(None, "processes that tokenise", auto="one a core")
 
-    steps: int | None = key(None, "optimizer steps", path="trainer.max_steps", auto="one pass over the data; 10 for a CPU smoke",
+    steps: int | None = key(None, "optimizer steps", path="trainer.max_steps", auto="epochs over the data; 10 for a CPU smoke",
                                group="training")  # fmt: skip
+    epochs: float = key(1.0, "passes over the data, where steps is not given")
     micro_batch: int | None = key(None, "sequences a device processes at once", path="data.micro_batch_size", auto="planned")
     global_batch: int | None = key(
         None,
@@ -78,6 +98,15 @@ class TrainKeys:
     clip: float = key(1.0, "largest global norm of the gradient, 0 for no limit", path="optim.config.clip_grad")
     layer_decay: float = key(1.0, "learning rate of a layer relative to the next one up (layer-wise decay), 1 for none",
                              path="optim.layer_decay")  # fmt: skip
+
+    rank: int = key(16, "rank of the adapter", only=ADAPTER, group="adapter")
+    alpha: float = key(32.0, "the adapter's B A is scaled by alpha / rank", only=ADAPTER)
+    targets: str = key(
+        "all-linear", "linears with an adapter: all-linear, attention, mlp, or names such as q_proj,v_proj", only=ADAPTER
+    )
+    dropout: float = key(0.0, "dropout of the adapter's input", only=ADAPTER)
+    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)", only=ADAPTER)
+    lora_plus: float = key(1.0, "learning rate of B relative to A's (LoRA+ proposes 16)", path="optim.lora_plus", only=ADAPTER)
 
     nodes: int = key(1, "machines", path="trainer.num_nodes", group="parallelism")
     gpus: int | None = key(None, "GPUs a machine; CPU processes without CUDA", path="trainer.devices", auto="all; 1 without CUDA")
@@ -111,7 +140,8 @@ class TrainKeys:
         auto="8 on a GPU, 4 on a CPU",
     )  # fmt: skip
     export: str | None = key(
-        None, "write the trained model into the run's folder: hf, a Hugging Face folder", choices=("hf",), auto="none"
+        None, "write the trained model into the run's folder: hf, a Hugging Face folder, or lora, a PEFT adapter", choices=("hf", "lora"),
+        auto="none",
     )
     tensorboard: bool = key(True, "write TensorBoard event files")
     wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")

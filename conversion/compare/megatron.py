@@ -1,7 +1,7 @@
 """NeMo's Megatron model of a converted checkpoint, run on prompts at any tensor, pipeline and expert parallel layout.
 
 A layout of one process runs in the caller's; a larger one in processes that `Processes` starts, on gloo or NCCL as the platform
-says: `python -m conversion.megatron` is one of them.
+says: `python -m conversion.compare.megatron` is one of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
@@ -317,7 +317,7 @@ class Processes:
             "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.count)),
         }
         for rank in range(self.count):
-            command = [sys.executable, "-m", "conversion.megatron", str(self.folder), str(rank), str(self.count)]
+            command = [sys.executable, "-m", "conversion.compare.megatron", str(self.folder), str(rank), str(self.count)]
             with open(self.folder / f"{rank}.log", "w") as log:
                 streams = dict(stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
                 self._workers.append(subprocess.Popen(command, env=environment, cwd=self.folder, **streams))

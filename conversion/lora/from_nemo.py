@@ -16,7 +16,7 @@ from conversion.dist_checkpoint import SavedTensor, read
 from conversion.hf_to_nemo import KEY_PREFIX
 from conversion.lora import adapter as lora
 from conversion.lora.adapter import Computed
-from conversion.lora.nemo import MAGNITUDE, A, B, Place, Slot, dtype_name, find, refuse_dora, slots_of, unscaled
+from conversion.lora.nemo import MAGNITUDE, A, B, Place, Slot, dtype_name, find, peft_config, refuse_dora, slots_of, unscaled
 from conversion.workers import Progress
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
@@ -155,23 +155,6 @@ def _config(
     settings: Mapping[str, Any], slots: Sequence[Slot], stacks: Mapping[str, Mapping[str, SavedTensor]], dora: bool, prefix: str
 ) -> dict[str, Any]:
     """PEFT's configuration of an adapter that NeMo made."""
-    modules = sorted(part.removeprefix("model.layers.{i}.") for slot in slots for part in slot.parts)
-    targets: str | list[str] = sorted({module.rsplit(".", 1)[1] for module in modules})
-    if prefix != "model.":  # a model with other towers, whose modules may have the same names
-        targets = rf"{re.escape(prefix)}layers\.\d+\.({'|'.join(map(re.escape, modules))})"
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": stacks[slots[0].key][A].shape[1],
-        "lora_alpha": settings["alpha"],
-        "lora_dropout": settings.get("dropout", 0.0),
-        "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": dora,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
+    modules = [part.removeprefix("model.layers.{i}.") for slot in slots for part in slot.parts]
+    rank = stacks[slots[0].key][A].shape[1]
+    return {**peft_config(modules, prefix, rank, settings["alpha"], settings.get("dropout", 0.0)), "use_dora": dora}

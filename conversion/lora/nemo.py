@@ -19,6 +19,7 @@ In the fused form, parts with the same A keep it and its rank; others are put si
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch
 from conversion import families, nemo_folder
 from conversion.families import Family, Row
 from conversion.hf_to_nemo import KEY_PREFIX
-from nemo_ext import run_folder
+from nemo_ext import adapters, run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError, explain
 
@@ -89,6 +90,53 @@ class Place:
     rank: int
     factor: float
     dtype: str
+
+
+def describe(architecture: Architecture, keys: dict[str, Any], base: str, dtype: str, prefix: str = "model.") -> dict[str, Any]:
+    """`adapter.json` of a run that trains a new adapter: `keys` are its recipe's (rank, alpha, rslora, dropout, targets).
+
+    `base` names the model, `dtype` is what its weights are trained in, and `prefix` stands for "model." in the base's names.
+    """
+    family = families.FAMILIES[architecture.family]
+    settings = adapters.transform_settings(architecture, keys)
+    names = adapters.targets(architecture.family, keys["targets"])
+    parts = [part for slot in slots_of(family, architecture, "canonical_lora") for part in slot.parts]
+    parts = [part for part in parts if part.rsplit(".", 1)[1] in names]
+    place = vars(Place(0, keys["rank"], 1.0, dtype))
+    config = peft_config(
+        [part.removeprefix("model.layers.{i}.") for part in parts], prefix, keys["rank"], keys["alpha"], keys["dropout"]
+    )
+    return {
+        **settings,
+        "base": base,
+        "architecture": architecture.to_dict(),
+        "module_prefix": prefix,
+        "peft_config": {**config, "base_model_name_or_path": base, "use_rslora": keys["rslora"]},
+        "modules": {part.format(i=layer): place for layer in range(architecture.num_layers) for part in parts},
+    }
+
+
+def peft_config(modules: Sequence[str], prefix: str, rank: int, alpha: float, dropout: float) -> dict[str, Any]:
+    """PEFT's configuration of an adapter for these modules of every layer ("mlp.up_proj")."""
+    targets: str | list[str] = sorted({module.rsplit(".", 1)[1] for module in modules})
+    if prefix != "model.":  # a model with other towers, whose modules may have the same names
+        targets = rf"{re.escape(prefix)}layers\.\d+\.({'|'.join(map(re.escape, sorted(modules)))})"
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
 
 
 def find(path: Path, alpha: float | None) -> tuple[Path, dict[str, Any]]:

@@ -136,7 +136,8 @@ class MetricsCallback(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._writes and self._val_losses:
-            loss = sum(float(loss) for loss in self._val_losses) / len(self._val_losses)
+            weights = getattr(trainer.datamodule, "val_weights", None) or [1.0] * len(self._val_losses)
+            loss = sum(w * float(loss) for w, loss in zip(weights, self._val_losses, strict=True)) / sum(weights)
             ppl = math.exp(loss) if loss < 700 else math.inf
             self._write({"step": trainer.global_step, "val_loss": loss, "val_ppl": ppl, "time": time.time()})
         self._val_losses = []

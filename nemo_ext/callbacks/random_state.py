@@ -15,12 +15,12 @@ class SeedEachStep(Callback):
     Tensor-parallel ranks get different streams inside tensor-parallel regions and the same outside, as Megatron requires.
     """
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, adapter_dropout: float = 0.0):
+        self.seed, self.adapter_dropout = seed, adapter_dropout
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         config = pl_module.config
-        if not (config.hidden_dropout or config.attention_dropout):
+        if not (config.hidden_dropout or config.attention_dropout or self.adapter_dropout):
             return
         from megatron.core import parallel_state, tensor_parallel
 

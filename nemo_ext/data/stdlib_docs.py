@@ -1,7 +1,8 @@
 """The built-in corpus `python-docs`: the documentation of the Python standard library that is on the machine.
 
-Two kinds of documents: the topics of the language reference that `help()` shows (`pydoc_data.topics`), and one document a
-module, rendered from its docstrings and signatures by parsing the source; nothing is imported or run.
+As documents, of two kinds: the topics of the language reference that `help()` shows (`pydoc_data.topics`), and one document a
+module, rendered from its docstrings and signatures. As questions and answers about the functions and classes of the modules.
+Modules are parsed; nothing is imported or run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SKIPPED_PACKAGES = {
     "__phello__",
 }
 MINIMUM_LENGTH = 200  # characters; below this a module has nothing to say
+QUESTIONS_VERSION = 1  # raise it when `questions` says something else
+SHORTEST_ANSWER, LONGEST_ANSWER = 30, 600  # characters
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -48,6 +51,40 @@ def documents() -> Iterator[tuple[str, str]]:
             yield f"module {_dotted_name(path.relative_to(root))}", text
     if not found:
         raise UserError(f"data=python-docs: no library sources in {root}: install Python's standard library with its sources")
+
+
+def questions() -> Iterator[dict]:
+    """Conversations {"messages": [...]} in a fixed order: what a function or class is for, then how a function is called.
+
+    Answers are the first paragraph of the docstring and the signature; private names and answers of a word or two are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(_modules(root), key=lambda p: p.relative_to(root).as_posix()):
+        name = _dotted_name(path.relative_to(root))
+        if (tree := _parsed(path)) is None or any(part.startswith("_") for part in name.split(".")):
+            continue
+        for node, qualified in _definitions(tree, f"{name}."):
+            about = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if not SHORTEST_ANSWER <= len(about) <= LONGEST_ANSWER:
+                continue
+            if isinstance(node, ast.ClassDef):
+                turns = [f"What is the class {qualified} of Python's standard library?", about]
+            else:
+                call = f"{qualified}({ast.unparse(node.args)})"
+                turns = [f"What does {qualified} do in Python's standard library?", about, "How is it called?", call]
+            roles = ("user", "assistant") * (len(turns) // 2)
+            yield {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]}
+
+
+def _definitions(node: ast.AST, owner: str) -> Iterator[tuple[Definition, str]]:
+    """Public functions and classes with their dotted names, methods among them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.If, ast.Try)):
+            yield from _definitions(child, owner)
+        elif isinstance(child, Definition) and not child.name.startswith("_"):
+            yield child, f"{owner}{child.name}"
+            if isinstance(child, ast.ClassDef):
+                yield from _definitions(child, f"{owner}{child.name}.")
 
 
 def _topics() -> dict[str, str]:
@@ -70,16 +107,21 @@ def _dotted_name(path: Path) -> str:
 
 
 def _module_document(path: Path, name: str) -> str | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in the library's own sources
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return None  # templates that are not Python
+    if (tree := _parsed(path)) is None:
+        return None
     parts = [f"# {name}", ast.get_docstring(tree) or ""]
     parts += [text for node in tree.body for text in _describe(node, "")]
     text = "\n\n".join(p for p in parts if p) + "\n"
     return text if len(text) >= MINIMUM_LENGTH and len(parts) > 1 else None
+
+
+def _parsed(path: Path) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in the library's own sources
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return None  # templates that are not Python
 
 
 def _describe(node: ast.AST, owner: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ from nemo.collections.llm.gpt.model.gemma2 import TERowParallelLinearLayerNorm, 
 from nemo.collections.llm.gpt.model.gemma3 import Gemma3Config1B, Gemma3SelfAttention, gemma3_layer_spec
 from torch import Tensor
 
+from nemo_ext.platform.windows import WindowedSoftmax
+
 
 class RowParallelPostNorm(TERowParallelLinearLayerNorm):
     """Gemma's row-parallel linear and the norm after it, with the configuration's epsilon: NeMo's takes the default's 1e-5."""
@@ -59,6 +61,7 @@ class SoftCappedAttention(DotProductAttention):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        WindowedSoftmax.adopt(self.scale_mask_softmax)
         self.scale_mask_softmax = SoftCappedSoftmax(self.scale_mask_softmax, config.attn_logit_softcapping)
 
 

@@ -17,6 +17,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from nemo_ext.platform.windows import WindowedSoftmax
+
 
 class _TransformerEngineFace:
     """The attributes that NeMo's PEFT reads from a Transformer Engine linear."""
@@ -121,6 +123,7 @@ class TEDotProductAttention(DotProductAttention):
                  k_channels=None, v_channels=None, cp_comm_type="p2p", pg_collection=None, **unused):  # fmt: skip
         super().__init__(config, layer_number, attn_mask_type, attention_type, attention_dropout=attention_dropout,
                          softmax_scale=softmax_scale, cp_comm_type=cp_comm_type, pg_collection=pg_collection)  # fmt: skip
+        WindowedSoftmax.adopt(self.scale_mask_softmax)
 
 
 class TEColumnParallelGroupedLinear(torch.nn.Module):

@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
+from tiny_gguf_models import tiny
 
 from conversion import convert, verify
 from nemo_ext.command_line import main
@@ -214,37 +217,22 @@ def test_a_disk_that_fills_up_meanwhile(llama, tmp_path, monkeypatch, capsys):
         assert sorted(path.name for path in disk.iterdir()) == ["nemo"]
 
 
-def test_gguf_in(tmp_path, monkeypatch, llama):
-    """Through a Hugging Face folder that is hidden beside the target and gone afterwards."""
-    from conversion import gguf
-
-    def to_hf(file, folder, dtype, progress):
-        assert folder.name.startswith(".") and dtype == "float32"
-        shutil.copytree(llama, folder)
-
-    monkeypatch.setattr(gguf, "to_hf", to_hf)
-    (tmp_path / "x.gguf").write_text("")
-    assert call(f"from=gguf:{tmp_path / 'x.gguf'}", f"to=nemo:{tmp_path / 'nemo'}", "verify=false") == 0
-    assert call(f"from=gguf:{tmp_path / 'x.gguf'}", f"to=hf:{tmp_path / 'hf'}", "verify=false") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo", "x.gguf"]
-    for name in ("nemo", "hf"):
-        assert json.loads((tmp_path / name / "conversion.json").read_text())["source"] == f"gguf:{tmp_path / 'x.gguf'}"
-
-
-def test_gguf_out(tmp_path, monkeypatch, llama):
-    from conversion.gguf import writer as gguf_writer
-
-    kinds = []
-
-    def from_hf(folder, file, kind, progress):
-        assert (folder / "config.json").is_file()
-        kinds.append(kind)
-        file.write_text("GGUF")
-        return types.SimpleNamespace(largest_error=0.0, notes=("a note",))
-
-    monkeypatch.setattr(gguf_writer, "from_hf", from_hf)
-    assert call(f"from=hf:{llama}", f"to=gguf:{tmp_path / 'a.gguf'}") == 0
-    assert call(f"from=hf:{llama}", f"to=nemo:{tmp_path / 'nemo'}", "verify=false") == 0
-    assert call(f"from=nemo:{tmp_path / 'nemo'}", f"to=gguf:{tmp_path / 'b.gguf'}", "dtype=q8_0", "verify=false") == 0
-    assert kinds == ["f16", "q8_0"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "nemo"]
+def test_gguf(tmp_path, capsys):
+    """Out and in, from and to both formats; what lies hidden beside the target on the way is gone afterwards."""
+    hf = tiny("llama", tmp_path / "hf")
+    paths = {name: tmp_path / name for name in ("a.gguf", "b.gguf", "nemo", "back", "again")}
+    assert call(f"from=hf:{hf}", f"to=gguf:{paths['a.gguf']}", "dtype=f32") == 0
+    assert call(f"from=gguf:{paths['a.gguf']}", f"to=hf:{paths['back']}") == 0
+    assert call(f"from=gguf:{paths['a.gguf']}", f"to=nemo:{paths['nemo']}") == 0
+    assert call(f"from=nemo:{paths['nemo']}", f"to=gguf:{paths['b.gguf']}", "dtype=q8_0") == 0
+    assert call(f"from=nemo:{paths['nemo']}", f"to=hf:{paths['again']}", "verify=false") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["hf", *paths])
+    for name in ("nemo", "back"):
+        record = json.loads((paths[name] / "conversion.json").read_text())
+        assert record["source"] == f"gguf:{paths['a.gguf']}" and record["verified"]
+    before, *others = (load_file(folder / "model.safetensors") for folder in (hf, paths["back"], paths["again"]))
+    for after in others:
+        assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    names = [GGUFReader(paths[name]).get_field("general.name").contents() for name in ("a.gguf", "b.gguf")]
+    assert names == ["Hf", "nemo"]
+    assert "not verified" in capsys.readouterr().out

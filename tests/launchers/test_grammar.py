@@ -71,6 +71,9 @@ def test_help_shows_every_key_with_its_default():
     from recipes.keys import fields
 
     text = "\n".join(grammar.help_lines("pretrain_llama3", {"lr": 3e-4}))
-    for name in fields():
-        assert f"  {name}=" in text
+    conversations = "\n".join(grammar.help_lines("sft_llama3", {}))
+    for name, field in fields().items():
+        only = field.metadata["only"]
+        assert (f"  {name}=" in text) == (not only or "pretrain" in only)
+        assert (f"  {name}=" in conversations) == (not only or "sft" in only)
     assert "default: 0.0003" in text and "GiB" in text

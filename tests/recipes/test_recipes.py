@@ -54,6 +54,28 @@ def test_defaults_follow_the_device():
     assert (gpu["size"], gpu["precision"], gpu["device"], gpu["steps"]) == ("8b", "bf16", "gpu", None)
 
 
+def test_conversations_have_defaults_and_keys_of_their_own():
+    cpu, gpu = (recipes.resolve("sft_llama3", {}, cuda=cuda) for cuda in (False, True))
+    assert (cpu["lr"], cpu["cp"], cpu["pack"], cpu["micro_batch"]) == (1e-5, 1, True, None)
+    assert gpu["micro_batch"] == 1  # a packed row of Transformer Engine
+    assert recipes.resolve("sft_llama3", {"pack": False}, cuda=True)["micro_batch"] is None
+    assert recipes.resolve("sft_gemma2", {}, cuda=True)["pack"] is False
+    with pytest.raises(UserError, match="pack=true: capped attention takes no packed rows on a GPU"):
+        recipes.resolve("sft_gemma2", {"pack": True}, cuda=True)
+    with pytest.raises(UserError, match="train_on= is for recipe=sft_llama3, not for cpt_llama3"):
+        recipes.resolve("cpt_llama3", {"train_on": "all"}, cuda=False)
+    recipes.resolve("cpt_llama3", {"train_on": "assistant"}, cuda=False)  # the default, as a saved configuration has it
+
+
+def test_a_recipe_of_conversations(llm):
+    from nemo_ext.data.chat.module import ChatDataModule
+
+    recipe = recipes.load("sft_mixtral", size="smoke")
+    assert recipe.data.__fn_or_cls__ is ChatDataModule and recipe.data.pack
+    assert recipe.model.config.calculate_per_token_loss and recipe.model.config.moe_aux_loss_coeff == 0
+    assert recipes.load("cpt_mixtral", size="smoke").model.config.moe_aux_loss_coeff > 0
+
+
 def test_finish_fills_what_follows_from_the_steps():
     keys = recipes.finish({**recipes.resolve("cpt_llama3", {"lr": 4e-5}, cuda=True), "steps": 2000})
     assert (keys["warmup"], keys["every"], keys["val_every"]) == (60, 200, 200)
@@ -166,11 +188,11 @@ def test_key_paths_exist_in_the_recipe(llm):
     from recipes.keys import fields
     from recipes.overrides import _child, _parameters
 
-    recipe = recipes.load("pretrain_llama3", size="smoke")
+    loaded = {method: recipes.load(f"{method}_llama3", size="smoke") for method in recipes.METHODS}
     for name, f in fields().items():
         if not (path := f.metadata["path"]):
             continue
-        node, parts = recipe, path.split(".")
+        node, parts = loaded[(f.metadata["only"] or ("pretrain",))[0]], path.split(".")
         for i, part in enumerate(parts[:-1]):
             node = _child(node, part, ".".join(parts[: i + 1]))
         assert parts[-1] in _parameters(node), f"{name}: {path}"

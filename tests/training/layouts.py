@@ -32,7 +32,7 @@ def main(file: Path) -> None:
     for case in plan["cases"]:
         out = Path(plan["out"]) / case["name"]
         keys = {**plan["keys"], "gpus": int(os.environ["WORLD_SIZE"]), **case.get("keys", {})}
-        if "recipe" in case:  # random weights
+        if "recipe" in case and "model" not in case:  # random weights
             shape, weights = None, None
         else:
             model = plan["models"][case.get("model", "tied")]
@@ -42,11 +42,13 @@ def main(file: Path) -> None:
             copy(Path(plan["out"]) / source, out)
         newest = run_folder.newest_checkpoint(out / run_folder.CHECKPOINTS)
         recipes.bind(
-            recipe, run_dir=str(out), tokenizer=plan["tokenizer"], blend=plan["blend"], weights=weights,
+            recipe, run_dir=str(out), tokenizer=plan["tokenizer"], blend=case.get("blend", plan["blend"]), weights=weights,
             checkpoint=str(newest[1]) if newest else None,
         )  # fmt: skip
         if stop := case.get("stop_at"):
             recipe.trainer.callbacks.append(stop_at(stop))
+        if case.get("probe"):
+            recipe.trainer.callbacks.append(probe(out))
         fdl.build(recipe)()
         for name in [n for n in os.environ if n.startswith("NVTE_")]:
             del os.environ[name]  # Megatron notes one model's attention backend there and refuses another's
@@ -78,6 +80,44 @@ def stop_at(step: int):
             trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
 
     return run.Config(StopAt, step=step)
+
+
+def probe(out: Path):
+    """A callback that writes out/probe.pt: an adapter as it began, what of the model changed, and the trained model's logits."""
+    import nemo_run as run
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    class Probe(Callback):
+        def __init__(self, out: str):
+            self.out = Path(out)
+
+        def on_train_start(self, trainer, *unused):
+            self.began = {name: p.detach().clone() for name, p in self.parameters(trainer)}
+
+        def on_train_end(self, trainer, *unused):
+            trained = {name for name, p in self.parameters(trainer) if not torch.equal(p, self.began[name])}
+            chunks = trainer.strategy.megatron_parallel
+            buffers = sum(buffer.numel for chunk in chunks for buffer in chunk.module.buffers)
+            found = {
+                "began": {name: p for name, p in self.began.items() if ".adapter." in name},
+                "trained": trained,
+                "names": set(self.began),
+                "with_gradient": {name for name, p in self.parameters(trainer) if p.requires_grad},
+                "gradient_elements": buffers,
+                "training": all(module.training for module in chunks.modules()),
+            }
+            if trainer.strategy.pipeline_model_parallel_size == trainer.strategy.tensor_model_parallel_size == 1:
+                tokens = torch.arange(2 * 32).reshape(2, 32) * 7 % 500
+                with torch.no_grad():
+                    found["logits"] = chunks[0].module(tokens, torch.arange(32).expand(2, -1), None)
+            if trainer.is_global_zero:
+                torch.save(found, self.out / "probe.pt")
+
+        def parameters(self, trainer):
+            return [(n, p) for chunk in trainer.strategy.megatron_parallel for n, p in chunk.module.module.named_parameters()]
+
+    return run.Config(Probe, out=str(out))
 
 
 def set_up_again() -> None:

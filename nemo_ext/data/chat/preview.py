@@ -83,7 +83,7 @@ def coloured(example: Example, renderer_tokenizer) -> Text:
     """
     from rich.text import Text
 
-    result = Text(example.title() + "\n", style="bold")
+    result = Text().append(example.title() + "\n", style="bold")
     for number, sample in enumerate(example.samples, 1):
         if len(example.samples) > 1:
             result.append(f"-- sample {number} of {len(example.samples)}\n", style="bold")

@@ -85,7 +85,7 @@ class Renderer:
         self.name, self.template = self._choose()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "tokenizer"}
+        return {name: self.__dict__[name] for name in ("folder", "settings", "name", "template")}
 
     @cached_property
     def tokenizer(self):
@@ -143,6 +143,11 @@ class Renderer:
         text = "".join(self.template.values())
         return next((n for n in ("reasoning_content", "thinking") if re.search(rf"""(\.|['"]){n}\b""", text)), None)
 
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        """What templates may name beside the conversation: special tokens, and the settings' values."""
+        return {**self.tokenizer.special_tokens_map, **self.settings.values}
+
     # Text
 
     def text(self, conversation: Conversation, count: int | None = None, prompt: bool = False) -> str:
@@ -169,7 +174,7 @@ class Renderer:
                 chat_template=template,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=marked,
-                **{**self.tokenizer.special_tokens_map, **self.settings.values},
+                **self._values,
             )
         except TemplateError as error:
             raise UserError(f"the chat template ({self.name}) refuses the conversation: {str(error).splitlines()[0]}") from None

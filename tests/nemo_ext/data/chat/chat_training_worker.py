@@ -28,14 +28,20 @@ class Record(pl.Callback):
     """Losses of training steps, gradient-dependent as they are from the second on; validation as NeMo logs it and by hand."""
 
     def __init__(self) -> None:
-        self.losses, self.val_loss, self.by_hand = [], None, None
+        self.losses, self.val_losses, self.val_weights, self.val_loss, self.by_hand = [], [], [], None, None
         self.apart, self.leaked = 0.0, 0.0  # packed against alone: largest difference of a token's loss with and without mask
 
     def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
         self.losses.append(float(outputs["loss"]))
 
+    def on_validation_batch_end(self, trainer, module, outputs, *_) -> None:
+        self.val_losses.append(float(outputs))
+
     def on_validation_end(self, trainer, module) -> None:
+        self.val_weights = trainer.datamodule.val_weights
         self.val_loss = float(trainer.callback_metrics["val_loss"])
+        if trainer.strategy.pipeline_model_parallel_size > 1:
+            return  # no process has the whole model
         gpt = trainer.strategy.megatron_parallel[0].module
         held = trainer.datamodule._heldout
         total = weight = 0.0
@@ -80,7 +86,10 @@ def run(plan: dict, case: dict) -> Record:
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=case["steps"], callbacks=[record],
         log_every_n_steps=1, limit_val_batches=1000, val_check_interval=case["steps"], num_sanity_val_steps=0, precision=32,
         use_distributed_sampler=False, enable_checkpointing=False, logger=False, enable_progress_bar=False,
-        strategy=nl.MegatronStrategy(pipeline_dtype=torch.float32, gradient_as_bucket_view=True),
+        strategy=nl.MegatronStrategy(
+            pipeline_dtype=torch.float32, gradient_as_bucket_view=True, tensor_model_parallel_size=case.get("tp", 1),
+            pipeline_model_parallel_size=case.get("pp", 1),
+        ),
     )  # fmt: skip
     optimizer = nl.MegatronOptimizerModule(config=OptimizerConfig(optimizer="sgd", lr=0.5, params_dtype=torch.float32))
     torch.manual_seed(1)

@@ -67,6 +67,10 @@ def runs(corpus, bare, tmp_path_factory):
         dict(name="packed_dp2", micro=2, **packed, **whole),
         dict(name="some_dp2", micro=1, **some),
         dict(name="few_dp2", micro=1, **few),
+        dict(name="alone_tp2", micro=4, tp=2, **alone, **whole),
+        dict(name="packed_tp2", micro=2, tp=2, **packed, **whole),
+        dict(name="alone_pp2", micro=4, pp=2, **alone, **whole),
+        dict(name="packed_pp2", micro=2, pp=2, **packed, **whole),
     ]
     results = {}
     for processes, cases in ((1, one), (2, two)):
@@ -84,10 +88,11 @@ def runs(corpus, bare, tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "reference"),
     [("alone_micro4", "alone"), ("packed", "alone"), ("packed_micro2", "alone"), ("alone_dp2", "alone"), ("packed_dp2", "alone"),
-     ("some_micro2", "some"), ("some_dp2", "some"), ("few_dp2", "few")],
+     ("some_micro2", "some"), ("some_dp2", "some"), ("few_dp2", "few"),
+     ("packed_tp2", "alone_tp2"), ("packed_pp2", "alone_pp2")],
 )  # fmt: skip
 def test_losses_do_not_depend_on_the_layout(runs, case, reference):
-    """The loss of each step, the later ones after gradients of the earlier ones."""
+    """The loss of each step, the later ones after gradients of the earlier ones. Random weights under TP and PP are others."""
     assert runs[case]["losses"] == pytest.approx(runs[reference]["losses"], abs=TOLERANCE)
     assert runs[case]["val_loss"] == pytest.approx(runs[reference]["val_loss"], abs=TOLERANCE)
 
@@ -106,10 +111,17 @@ def test_without_the_switch_the_mean_is_another(runs):
 
 def test_validation_is_the_mean_over_all_weighted_tokens(runs):
     """Against each held-out conversation alone in the model, over batches of unequal weight."""
-    for name in ("alone", "packed", "some", "some_micro2", "some_dp2", "packed_dp2", "few", "few_dp2"):
+    for name in ("alone", "packed", "some", "some_micro2", "some_dp2", "packed_dp2", "few", "few_dp2", "packed_tp2"):
         assert runs[name]["val_loss"] == pytest.approx(runs[name]["by_hand"], abs=TOLERANCE)
+    for name in ("few", "few_dp2"):
+        losses, weights = runs[name]["val_losses"], runs[name]["val_weights"]
+        assert len(losses) == len(weights) == 3
+        weighted = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+        assert weighted == pytest.approx(runs[name]["by_hand"], abs=TOLERANCE)
+        assert abs(sum(losses) / 3 - weighted) > 100 * TOLERANCE
 
 
 def test_no_token_sees_another_conversation(runs):
-    assert runs["packed"]["apart"] < TOLERANCE
-    assert runs["packed"]["leaked"] > 1e-2
+    for name in ("packed", "packed_tp2"):
+        assert runs[name]["apart"] < TOLERANCE
+        assert runs[name]["leaked"] > 1e-2

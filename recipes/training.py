@@ -1,4 +1,4 @@
-"""Pre-training from random weights and continued pre-training: one recipe, with or without a checkpoint to start from.
+"""Training all weights of a model, or an adapter, on documents or conversations: one recipe, with or without a checkpoint.
 
 Importing this module imports NeMo; `recipes.load` does so after `nemo_ext.platform.activate()`.
 """
@@ -15,12 +15,15 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
+from nemo_ext import adapters
+from nemo_ext.adapter_training import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.random_state import SeedEachStep
 from nemo_ext.callbacks.stop import StopOnSignal
+from nemo_ext.data.chat.module import ChatDataModule
 from nemo_ext.data.module import CorpusDataModule
 from nemo_ext.modeling import model_config
 from nemo_ext.optim import MegatronAdam, WarmupSchedule
@@ -30,32 +33,40 @@ DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, 
 PRECISIONS = {"bf16": "bf16-mixed", "fp8": "bf16-mixed", "fp16": "16-mixed", "fp32": "32"}
 
 
-def build(keys: dict[str, Any], architecture: Architecture) -> run.Partial:
+def build(keys: dict[str, Any], architecture: Architecture, conversations: bool = False, adapter: bool = False) -> run.Partial:
     """`run.Partial(llm.pretrain, ...)` from resolved keys. Paths of this machine are bound later (`recipes.bind`)."""
-    seq, global_batch = keys["seq"], keys["global_batch"]
+    model = dict(**_recompute(keys, architecture), **_pipeline(keys), cross_entropy_fusion_impl="te")
+    if conversations:
+        model["calculate_per_token_loss"] = True  # the mean over a global batch's learnt tokens, however rows are filled
+        if architecture.num_moe_experts is not None:
+            model["moe_aux_loss_coeff"] = 0.0  # Megatron weighs it by all tokens then, not by the learnt ones
     return run.Partial(
         llm.pretrain,
-        model=model_config(
-            architecture, seq, **_recompute(keys, architecture), **_pipeline(keys), cross_entropy_fusion_impl="te"
-        ),
-        data=run.Config(
-            CorpusDataModule,
-            blend=[],
-            seq_length=seq,
-            micro_batch_size=keys["micro_batch"],
-            global_batch_size=global_batch,
-            seed=keys["seed"],
-            num_workers=2 if keys["device"] == "gpu" else 0,
-            val_batches=keys["val_batches"],
-        ),
-        trainer=_trainer(keys, architecture),
+        model=model_config(architecture, keys["seq"], **model),
+        data=_data(keys, conversations),
+        trainer=_trainer(keys, architecture, adapter),
         log=run.Config(nl.NeMoLogger, use_datetime_version=False, ckpt=None, tensorboard=None, wandb=None),
         optim=_optimizer(keys),
         resume=run.Config(nl.AutoResume),
     )
 
 
-def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
+def _data(keys: dict[str, Any], conversations: bool) -> run.Config:
+    packing = dict(pack=keys["pack"]) if conversations else {}
+    return run.Config(
+        ChatDataModule if conversations else CorpusDataModule,
+        blend=[],
+        seq_length=keys["seq"],
+        micro_batch_size=keys["micro_batch"],
+        global_batch_size=keys["global_batch"],
+        seed=keys["seed"],
+        num_workers=2 if keys["device"] == "gpu" else 0,
+        val_batches=keys["val_batches"],
+        **packing,
+    )
+
+
+def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: bool) -> run.Config:
     distributed = keys["distributed_optimizer"]
     ddp = run.Config(
         DistributedDataParallelConfig,
@@ -65,8 +76,13 @@ def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=True,
     )
+    trained, what = None, {}
+    if adapter:
+        names = adapters.targets(architecture.family, keys["targets"])
+        trained = adapters.num_parameters(architecture, names, keys["rank"])
+        what = dict(adapter=adapters.transform_settings(architecture, keys), seed=keys["seed"])
     strategy = run.Config(
-        nl.MegatronStrategy,
+        AdapterStrategy if adapter else nl.MegatronStrategy,
         tensor_model_parallel_size=keys["tp"],
         pipeline_model_parallel_size=keys["pp"],
         virtual_pipeline_model_parallel_size=keys["vp"] if keys["vp"] and keys["vp"] > 1 else None,
@@ -80,19 +96,20 @@ def _trainer(keys: dict[str, Any], architecture: Architecture) -> run.Config:
         ckpt_optim_fully_reshardable=True,  # loads at any other TP, PP and DP
         distrib_optim_fully_reshardable_mem_efficient=True,  # else every process holds all of a stage's states on the host
         replace_progress_bar=False,
+        **what,
     )
     callbacks = [
         run.Config(
             MetricsCallback,
             run_dir="",
             tokens_per_step=keys["global_batch"] * keys["seq"],
-            flops_per_token=architecture.flops_per_token(keys["seq"]),
+            flops_per_token=architecture.flops_per_token(keys["seq"], trained),
             num_devices=keys["nodes"] * keys["gpus"],
             max_steps=keys["steps"],
             tensorboard=keys["tensorboard"],
             wandb=keys["wandb"],
         ),
-        run.Config(SeedEachStep, seed=keys["seed"]),
+        run.Config(SeedEachStep, seed=keys["seed"], adapter_dropout=keys["dropout"] if adapter else 0.0),
         run.Config(StopOnSignal),
         run.Config(Evaluation, every=keys["val_every"]),
         run.Config(AtomicCheckpoint, folder=CHECKPOINTS, every=keys["every"], keep=keys["keep"], async_save=keys["async_save"]),
@@ -159,7 +176,7 @@ def _optimizer(keys: dict[str, Any]) -> run.Config:
         schedule=keys["schedule"],
         decay_fraction=keys["decay"],
     )
-    return run.Config(MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"])
+    return run.Config(MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"], lora_plus=keys["lora_plus"])
 
 
 def _recompute(keys: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""NeMo's Megatron strategy for training an adapter: a frozen base, and checkpoints that hold the adapter alone.
+
+NeMo's own way (`PEFT` as a callback) loads the base into a model that is complete, and puts the adapter in when the first epoch
+begins: too late for a trainer that evaluates and resumes before. Here the adapter is in the model before Megatron wraps it for
+data parallelism, so that gradient buffers, optimizer, saving and resuming see nothing special.
+
+Importing this module imports NeMo; call `nemo_ext.platform.activate()` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.lightning import MegatronStrategy
+from torch import nn
+
+from nemo_ext import lora
+
+
+class AdapterStrategy(MegatronStrategy):
+    """`MegatronStrategy` that loads `base`, a converted checkpoint's folder, freezes it, and trains `adapter` in it.
+
+    `adapter` are the arguments of `nemo_ext.lora.transform`; `seed` draws A, the same at every layout, B is zero. Without `base`
+    (None) the base is random. A checkpoint has the adapter's weights and optimizer states; `base` is read at every start.
+    """
+
+    def __init__(self, *arguments: Any, adapter: dict[str, Any], seed: int, base: str | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self.adapter, self.seed, self.base = adapter, seed, base
+
+    def init_model_parallel(self) -> None:
+        """Called once the modules of all pipeline chunks are there and before they are wrapped."""
+        model = self.megatron_parallel
+        if self.base is not None:
+            metadata = self.unwrapped_checkpoint_io.load_content_metadata(self.base)
+            wanted = {"state_dict": model.sharded_state_dict(metadata=metadata)}
+            loaded = self.checkpoint_io.load_checkpoint(self.base, sharded_state_dict=wanted)
+            super().load_model_state_dict({"state_dict": loaded["state_dict"]})
+        for chunk in model:
+            put_adapter(chunk.module, self.adapter, self.seed)
+        whole = model.sharded_state_dict
+        model.sharded_state_dict = lambda *arguments, **options: only_adapters(whole(*arguments, **options))
+        super().init_model_parallel()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load an adapter; that it is complete was checked when its tensors were asked for."""
+        super().load_model_state_dict(checkpoint, strict=False)
+
+
+def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> None:
+    """Put a new adapter into a Megatron GPTModel, in place, and freeze everything else."""
+    lora.apply(lora.transform(settings), model)
+    for layer in model.decoder.layers:
+        for name, parameter in layer.named_parameters():
+            if name.endswith("linear_in.weight"):
+                draw(parameter, f"{seed} {layer.layer_number} {name}")
+    if model.pre_process and model.config.recompute_granularity is not None:
+        model.embedding.register_forward_hook(_with_gradient)
+
+
+def draw(parameter: nn.Parameter, words: str) -> None:
+    """Fill this process's shard of an A `[rank, in]`, uniformly in +-1/sqrt(in) as PEFT does, determined by `words` alone."""
+    shape, dim = list(parameter.shape), parameter.partition_dim
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    shape[dim] *= ranks
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little"))
+    whole = torch.rand(shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(shape[1]))
+    with torch.no_grad():
+        parameter.copy_(whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank()])
+
+
+def only_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's part of a model's sharded state; with virtual pipeline stages, of each of them."""
+    return {
+        name: only_adapters(value) if isinstance(value, dict) and name.startswith("model_") else value
+        for name, value in state.items()
+        if ".adapter." in name or name.startswith("model_")
+    }
+
+
+def _with_gradient(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    """Recomputed layers get gradients only if their input does, which a frozen embedding's output does not."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
