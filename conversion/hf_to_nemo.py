@@ -8,10 +8,12 @@ heterogeneous - `moe_layer_freq` above 1, heterogeneous block specs - has one ke
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +33,7 @@ from nemo_ext.errors import RunError, UserError
 
 Check = Callable[[Path], Any]  # of the finished folder, before it has its name; gives what conversion.json says of it
 BARE = "model."  # prefix of tensor names where the language model is not wrapped
+HASHED_AT_ONCE = 1 << 22  # bytes
 KEY_PREFIX = "module."  # the attribute of NeMo's GPTModel that holds Megatron's
 
 
@@ -71,14 +74,14 @@ def convert(
     key = fingerprint(
         _files(hf_dir, stored), "hf_to_nemo", dist_checkpoint.LIMITS, {key: (t.shape, t.dtype) for key, t in tensors.items()}
     )
-    with resumable_folder(out_dir, key) as unfinished:
+    with resumable_folder(out_dir, key) as unfinished, content_hash(_files(hf_dir, stored)) as digest:
         folder, weights = unfinished.path, unfinished.path / nemo_folder.WEIGHTS
         dist_checkpoint.write(weights, tensors, _extra_states(family, architecture), progress, workers, unfinished)
         _check_written(weights, tensors)
         nemo_folder.copy_tokenizer(hf_dir, folder / nemo_folder.TOKENIZER)
         record = {
             "source": source or str(hf_dir.absolute()),
-            "sha256": content_hash(hf_dir, stored),
+            "sha256": digest(),
             "dtype": dtype,
             "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
             "versions": {package: importlib.metadata.version(package) for package in ("torch", "safetensors")},
@@ -110,21 +113,29 @@ def read_config(hf_dir: Path) -> dict:
 
 def megatron_shape(row: Row, architecture: Architecture) -> tuple[int, ...]:
     """The shape of one Megatron tensor of a row, without the axes along which a checkpoint stacks them."""
-    parts = [torch.empty(families.shape(symbols, architecture), device="meta") for symbols in row.hf.values()]
-    return tuple(row.layout.merge(architecture, parts).shape)
+    shapes = [families.shape(symbols, architecture) for symbols in row.hf.values()]
+    narrow = [torch.empty(rows, *[1] * len(columns), dtype=torch.uint8) for rows, *columns in shapes]  # layouts move rows
+    return (len(row.layout.merge(architecture, narrow)), *shapes[0][1:])
 
 
-def content_hash(hf_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
-    """sha256 over the names and contents of config.json and the weight files."""
+@contextlib.contextmanager
+def content_hash(files: list[Path]) -> Iterator[Callable[[], str]]:
+    """Compute the sha256 over names and contents of `files` while the block runs; what it gives waits for the result."""
+    stop = threading.Event()
 
     def digest(file: Path) -> str:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        found, buffer = hashlib.sha256(), bytearray(HASHED_AT_ONCE)
+        with open(file, "rb", buffering=0) as stream:
+            while not stop.is_set() and (size := stream.readinto(buffer)):
+                found.update(memoryview(buffer)[:size])
+        return f"{file.name} {found.hexdigest()}"
 
-    files = _files(hf_dir, tensors)
-    with ThreadPoolExecutor(4) as pool:
-        lines = [f"{file.name} {value}" for file, value in zip(files, pool.map(digest, files), strict=True)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    with ThreadPoolExecutor(2) as pool:
+        lines = [pool.submit(digest, file) for file in files]
+        try:
+            yield lambda: hashlib.sha256("\n".join(line.result() for line in lines).encode()).hexdigest()
+        finally:
+            stop.set()
 
 
 def _files(hf_dir: Path, tensors: Mapping[str, TensorInfo]) -> list[Path]:

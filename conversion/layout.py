@@ -2,7 +2,7 @@
 
 Every layout is a pair of inverse functions on plain torch tensors, whatever their names and however they are sharded later:
 `merge(architecture, [hugging face tensors])` gives Megatron's global tensor, `split(architecture, tensor)` gives the list
-back, bit for bit. Both keep dtype and device, so that on `device="meta"` they compute shapes.
+back, bit for bit. Rows are moved, columns are not; dtype and device stay.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Importing this module imports NeMo; call `nemo_ext.platform.activate()` first.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,18 @@ class AdapterStrategy(MegatronStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load an adapter; that it is complete was checked when its tensors were asked for."""
         super().load_model_state_dict(checkpoint, strict=False)
+
+
+def _signature() -> inspect.Signature:
+    """`AdapterStrategy`'s arguments by name: the recipe checks what is set in it against them."""
+    own = inspect.signature(AdapterStrategy.__init__).parameters
+    known = dict(inspect.signature(MegatronStrategy).parameters)
+    options = known.pop("kwargs")
+    added = [own[name] for name in ("adapter", "seed", "base")]
+    return inspect.Signature([*known.values(), *added, options])
+
+
+AdapterStrategy.__signature__ = _signature()
 
 
 def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> None:

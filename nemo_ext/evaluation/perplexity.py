@@ -1,8 +1,9 @@
 """Perplexity on a text, over windows that slide by a stride.
 
-Each document is scored whole, alone, after the tokenizer's bos (eos where it has none). Windows hold at most `window` tokens and
-begin `stride` tokens apart; each scores the tokens that the one before it did not reach, so with stride = window the windows are
-fixed and every token after a cut has lost its context, and a smaller stride leaves it at least window - stride tokens.
+Each document is scored whole, alone, after the tokenizer's bos (eos where it has none). The model sees windows of at most
+`window` tokens that begin `stride` tokens apart; each scores the tokens that the one before it did not reach. With stride =
+window the windows are fixed and the first token after a cut is predicted from a single one; a smaller stride leaves every token
+more than window - stride tokens of context, as far as there are so many before it.
 Nats per token depend on the tokenizer; bits per byte (of UTF-8) do not, and compare any two models.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 from nemo_ext.data import readers
 from nemo_ext.data.sources import Source
@@ -37,12 +37,14 @@ def documents(source: Source, text_key: str, limit: int | None = None) -> list[s
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first scored) of the windows over `length` tokens; position 0 is not scored, every other exactly once."""
+    """(begin, end, first scored) of the windows over `length` tokens: the model sees [begin, end - 1), all but the last.
+
+    Position 0 is not scored, every other exactly once.
+    """
     scored = 1
-    for begin in range(0, length, stride):
-        end = min(begin + window, length)
-        if end > scored:
-            yield begin, end, scored
+    for begin in range(0, length - 1, stride):
+        end = min(begin + window + 1, length)
+        yield begin, end, scored
         scored = end
         if end == length:
             return
@@ -50,13 +52,13 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 def choose_window(model: Model, window: int | None, stride: int | None) -> tuple[int, int]:
     """The window and stride in tokens for a model, checked. Half the window is the stride where none is given."""
-    window = window or min(model.context, LONGEST_WINDOW)
-    if window < 2:
-        raise UserError(f"window={window}: a window has 2 tokens or more")
+    window = min(model.context, LONGEST_WINDOW) if window is None else window
+    if window < 1:
+        raise UserError(f"window={window} must be 1 or more")
     if window > model.context:
         raise UserError(f"window={window} is more than the {model.context} positions of {model.name}")
-    stride = stride or max(1, window // 2)
-    if not 1 <= stride <= window - 1 and stride != window:
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window:
         raise UserError(f"stride={stride}: from 1 to window={window}")
     return window, stride
 
@@ -67,7 +69,10 @@ def evaluate(
     """Perplexity, nats per token and bits per byte of `model` on documents. `progress` counts bytes of text."""
     window, stride = choose_window(model, window, stride)
     per_window: list[tuple[int, float, int]] = []  # document, -ln p, tokens
-    sizes, counts, pending, done = [], [], [], 0
+    sizes: list[int] = []  # bytes of each document
+    counts: list[int] = []  # and tokens
+    pending: list[tuple[int, Request]] = []
+    done = 0
 
     def score() -> None:
         requests = [request for _, request in pending]
@@ -106,7 +111,7 @@ def _result(
         "perplexity", *(None if x is None else _exp(x) for x in (nats.value, nats.low, nats.high)),
         better="lower", count=nats.count, interval=nats.interval,
     )  # fmt: skip
-    context = "no overlap" if stride == window else f"{window - stride} tokens of context or more where there are as many"
+    context = "no overlap" if stride == window else f"{window - stride + 1} tokens of context or more where there are as many"
     start = model.tokenizer.convert_ids_to_tokens(model.start_id)
     about = [
         f"{len(sizes):,} documents, {sum(sizes):,} bytes, {sum(counts):,} tokens",
@@ -123,7 +128,3 @@ def size_of(texts: list[str]) -> int:
     """Bytes of the documents: what `progress` counts to."""
     return sum(len(text.encode()) for text in texts)
 
-
-def files(source: Source) -> tuple[Path, ...]:
-    """The files whose content decides the documents."""
-    return source.files
