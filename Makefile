@@ -1,13 +1,14 @@
 # make demo   the main job: continue pre-training SmolLM2-135M on this machine's Python documentation
+# make demo-sft   tune it on questions and answers made from that documentation
 # make test   the tests
-# Both set up .venv first, once; `make setup` does only that.
+# All set up .venv first, once; `make setup` does only that.
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed-$(shell cat requirements/*.txt | cksum | cut -d' ' -f1)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo demo-sft test lint clean
 
 setup: $(STAMP)
 
@@ -22,6 +23,9 @@ $(STAMP):
 
 demo: setup
 	$(VENV)/bin/python launchers/run.py recipe=cpt_llama3 nodes=1 gpus=2
+
+demo-sft: setup
+	$(VENV)/bin/python launchers/run.py recipe=sft_llama3 gpus=2 steps=16 lr=1e-4 export=hf out=runs/demo-sft
 
 test: setup
 	$(VENV)/bin/python -m pytest

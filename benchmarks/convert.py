@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -42,13 +43,22 @@ def timed(command: list[str], log: Path) -> dict:
     return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu, "peak_mib": usage.ru_maxrss * 1024 / MIB}
 
 
+def apart(function, *arguments):
+    """Call a function in a process of its own: a command's peak memory is at least what the process that starts it has."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def model(name: str, folder: Path) -> Path:
-    """The Hugging Face folder of a contender's input."""
+    """Write the Hugging Face folder of a contender's input."""
     out = folder / name
     if name == "smollm2":
         from conversion.gguf import smollm2_gguf, to_hf
 
         return to_hf(smollm2_gguf(), out)
+    from nemo_ext import platform
+
+    platform.activate()
     import torch
     import transformers
 
@@ -102,7 +112,7 @@ def compare(name: str, hf: Path, folder: Path, runs: int) -> dict:
         for direction in ("import", "export"):
             rows = measured[who, direction]
             result[f"{who}_{direction}"] = {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"runs": rows}
-        result[f"{who}_round_trip"] = differences(hf, folder / f"{who}-hf")
+        result[f"{who}_round_trip"] = apart(differences, hf, folder / f"{who}-hf")
     for direction in ("import", "export"):
         for key in ("seconds", "peak_mib"):
             result[f"{direction}_{key}_ratio"] = result[f"ours_{direction}"][key] / result[f"nemo_{direction}"][key]
@@ -121,7 +131,7 @@ def main(arguments: list[str]) -> None:
     results = {}
     with tempfile.TemporaryDirectory(dir=given.get("folder")) as temporary:
         folder = Path(temporary)
-        hf = {name: model(name, folder) for name in sorted({"smollm2", *names}, reverse=True)}
+        hf = {name: apart(model, name, folder) for name in sorted({"smollm2", *names}, reverse=True)}
         for name in names:
             results[name] = compare(name, hf[name], folder, int(given.get("runs", 3)))
     facts = {

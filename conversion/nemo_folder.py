@@ -20,6 +20,7 @@ from nemo_ext.errors import UserError
 WEIGHTS = "weights"
 ARCHITECTURE = "architecture.json"
 RECORD = "conversion.json"
+ADAPTER = "adapter.json"  # what a checkpoint that holds only an adapter has instead of, or beside, the others
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -42,24 +43,33 @@ class NemoCheckpoint:
         return self.folder / WEIGHTS
 
 
-def find(path: str | Path) -> NemoCheckpoint:
+def find(path: str | Path, adapter: bool = False) -> NemoCheckpoint:
     """The checkpoint at `path`: a converted folder, a run's folder (its newest checkpoint), or one checkpoint of a run.
 
-    Raises UserError for anything else, and where a description cannot be read.
+    Raises UserError for anything else, for an adapter unless it is to be one, and where a description cannot be read.
     """
-    path = Path(path)
+    found, description = _find(Path(path))
+    if (description / ADAPTER).is_file() and not adapter:
+        raise UserError(
+            f"{path} holds an adapter, not a model: convert it with from=nemo: to=lora:, and merge that with from=lora: to=hf:"
+        )
+    return _described(found, description)
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """The folders of a checkpoint and of what describes it."""
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder")
     if (path / run_folder.CHECKPOINTS).is_dir():
         newest = run_folder.newest_checkpoint(path / run_folder.CHECKPOINTS)
         if newest is None:
             raise UserError(f"{path} is a run without a complete checkpoint")
-        return _described(newest[1], path / run_folder.MODEL)
+        return newest[1], path / run_folder.MODEL
     if path.name.endswith((run_folder.PARTIAL, run_folder.DAMAGED)):
         raise UserError(f"{path} is not a complete checkpoint: choose another of {path.parent}")
     if run_folder.STEP_FOLDER.match(path.name) and path.absolute().parent.name == run_folder.CHECKPOINTS:
-        return _described(path, path.absolute().parents[1] / run_folder.MODEL)
-    return _described(path, path)
+        return path, path.absolute().parents[1] / run_folder.MODEL
+    return path, path
 
 
 def write_description(folder: Path, architecture: Architecture, record: dict[str, Any]) -> None:

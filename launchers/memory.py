@@ -235,7 +235,8 @@ def logits_memory(architecture: Architecture, request: Request, layout: Layout) 
         per_logit = LOGIT_BYTES[request.cross_entropy]
     if architecture.final_logit_softcapping is not None:
         per_logit += e  # the hyperbolic tangents, for their gradient
-    weight_gradient = e * vocabulary * architecture.hidden_size  # before it is added to the gradient buffer
+    # before it is added to the gradient buffer; frozen weights have none
+    weight_gradient = e * vocabulary * architecture.hidden_size if request.trainable == 1 else 0.0
     return max(per_logit * tokens * vocabulary, e * tokens * vocabulary + weight_gradient)
 
 
@@ -247,6 +248,8 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     weights = e * parameters
     if request.precision == "fp8" and not request.fp8_params:
         weights += 2 * linear  # FP8 copies, as they are and transposed, kept over the microbatches of a step
+    adapter = parameters * request.trainable if request.trainable < 1 else 0.0
+    weights += e * adapter
     gradients = request.grad_bytes * parameters * request.trainable
     state_bytes = request.optimizer_bytes if request.optimizer_bytes is not None else 8 + (4 if e == 2 else 0)
     shards = layout.dp * layout.cp if request.distributed_optimizer else 1
@@ -270,7 +273,7 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
 
     if request.device == "cpu":
         # A checkpoint is gathered and copied before it is written, when the activations are gone.
-        saving = max(0.0, 2 * (weights + optimizer) - activations - logits)
+        saving = max(0.0, 2 * ((e * adapter or weights) + optimizer) - activations - logits)
         other = IMPORTED_PROCESS + saving + HEAP * (weights + gradients + optimizer + activations + logits)
     else:
         other = CUDA_CONTEXT + FRAGMENTATION * (activations + logits)

@@ -111,11 +111,16 @@ def weights(checkpoint: Checkpoint) -> Path:
 
 
 def describe(
-    run_dir: Path, architecture: Architecture, tokenizer: Path, checkpoint: Checkpoint | None, template: str | None = None
+    run_dir: Path,
+    architecture: Architecture,
+    tokenizer: Path,
+    checkpoint: Checkpoint | None,
+    template: str | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> None:
     """Put into a run's folder which model its checkpoints are of, so that they convert and start other runs on their own.
 
-    `template` is the chat template that the run trains with.
+    `template` is the chat template that the run trains with; `adapter` are the keys of a run that trains an adapter of the model.
     """
     from conversion.atomic import new_folder
 
@@ -128,6 +133,29 @@ def describe(
         nemo_folder.copy_tokenizer(tokenizer, partial / nemo_folder.TOKENIZER)
         if template is not None:
             (partial / nemo_folder.TOKENIZER / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if adapter is not None:
+            from conversion.lora import nemo as lora
+
+            dtype = "float32" if adapter["precision"] == "fp32" else "float16" if adapter["precision"] == "fp16" else "bfloat16"
+            settings = lora.describe(architecture, adapter, adapter_base(checkpoint), dtype, _prefix(checkpoint, architecture))
+            run_folder.write_json(partial / lora.SETTINGS, settings)
+
+
+def adapter_base(checkpoint: Checkpoint) -> str:
+    """What an adapter's configuration calls its base: the model's name, or a folder that transformers loads."""
+    name = checkpoint.source.removeprefix("hf:")
+    named = checkpoint.kind == "hf" and not Path(name).expanduser().is_dir()
+    return name if named else str(as_hf(checkpoint).absolute())
+
+
+def _prefix(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """What stands for "model." in transformers' names of an adapter's base: a model with a vision part has the text beside it."""
+    from conversion import families, safetensors_io
+
+    if checkpoint.kind == "nemo":
+        return "model."
+    stored = families.base_prefix(families.FAMILIES[architecture.family], safetensors_io.open_folder(as_hf(checkpoint)))
+    return "model." if stored == "model." else "model.language_model."
 
 
 def _converted(source: Path) -> Path:
@@ -166,6 +194,7 @@ def conversations(keys: dict[str, Any], tokenizer: Path):
     """The recipe's conversations rendered and tokenised (`nemo_ext.data.chat.store.ChatCorpus`); the first ones are shown."""
     from nemo_ext.data import sources
     from nemo_ext.data.chat import preview, store
+    from nemo_ext.data.chat.formats import check_columns
     from nemo_ext.data.chat.render import Settings
 
     parsed = [
@@ -173,6 +202,7 @@ def conversations(keys: dict[str, Any], tokenizer: Path):
     ]
     settings = Settings(keys["seq"], keys["template"], keys["train_on"], keys["overlong"], keys["reasoning"])
     columns = _columns(keys["columns"])
+    check_columns(columns)
     if keys["preview"]:
         preview.show(parsed, tokenizer, settings, columns, keys["preview"])
     with bar("tokenising", unit="B") as progress:

@@ -28,13 +28,14 @@ from launchers import grammar
 from launchers.worker import JOB
 from nemo_ext.command_line import ending
 from nemo_ext.errors import RunError, UserError, explain, free_bytes
+from recipes.keys import fields
 
 GIB = 2**30
 LOCK = ".lock"
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
     "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
-    "val_every tensorboard wandb out export preview".split()
+    "val_every tensorboard wandb out export preview answers".split()
 )
 
 
@@ -75,7 +76,8 @@ def start(command: grammar.Command) -> int:
     keys["gpus"] = keys["gpus"] or max(1, len(machine.gpus))
     if command.plan:
         _, architecture = _starting_point(command.recipe, method, family, keys, planning=True)
-        print("\n".join(plan.plan(architecture, _request(keys, machine)).lines()))
+        share = _trained(method, keys, architecture) / architecture.num_parameters()
+        print("\n".join(plan.plan(architecture, _request(keys, machine, share)).lines()))
         return 0
     _check_machine(keys, machine)
     keys = _absolute(keys)
@@ -83,7 +85,7 @@ def start(command: grammar.Command) -> int:
     with _owned(run_dir):
         _check_same_run(run_dir, command.recipe, {k: v for k, v in keys.items() if v is not None}, command.overrides)
         if (summary := _complete(run_dir)) is not None:
-            _export(run_dir, keys)
+            _export(run_dir, keys, method.adapter)
             return _done(f"{run_dir} is complete at step {summary['steps']}", summary)
         return _run(command, keys, machine, run_dir)
 
@@ -93,14 +95,18 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
     from launchers import local, plan, prepare
     from nemo_ext import report, run_folder
 
-    checkpoint, architecture = _starting_point(command.recipe, *recipes.split(command.recipe), keys, planning=False)
-    planned = plan.plan(architecture, _request(keys, machine))
+    method, family = recipes.split(command.recipe)
+    checkpoint, architecture = _starting_point(command.recipe, method, family, keys, planning=False)
+    if method.adapter and keys["export"] == "hf" and checkpoint.kind == "nemo":
+        raise UserError(f"export=hf merges the adapter into a Hugging Face model, and model={keys['model']} is none: export=lora")
+    trained = _trained(method, keys, architecture)
+    planned = plan.plan(architecture, _request(keys, machine, trained / architecture.num_parameters()))
     keys = {**keys, **_planned_keys(planned)}
+    recipes.check_layout(command.recipe, keys)
     if command.overrides:
         _check_overrides(command, keys, architecture)
     tokenizer = _tokenizer(keys, checkpoint, architecture)
-    print(_brief(planned))
-    method, _ = recipes.split(command.recipe)
+    print(_brief(planned, trained))
     text = prepare.conversations(keys, tokenizer) if method.conversations else prepare.corpus(keys, tokenizer)
     rows = keys["epochs"] * prepare.rows_per_epoch(text, keys)
     keys["steps"] = keys["steps"] or max(1, int(rows // keys["global_batch"]))
@@ -109,9 +115,10 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
     found = _usable_checkpoint(run_dir)
     started_at = found[0] if found else 0
     if started_at < keys["steps"]:
-        _check_disk(run_dir, planned, keys)
-        weights = prepare.weights(checkpoint) if checkpoint and not found else None
-        prepare.describe(run_dir, architecture, tokenizer, checkpoint, getattr(text, "template", None))
+        _check_disk(run_dir, trained, keys)
+        weights = prepare.weights(checkpoint) if checkpoint and (method.adapter or not found) else None
+        adapter = keys if method.adapter else None
+        prepare.describe(run_dir, architecture, tokenizer, checkpoint, getattr(text, "template", None), adapter)
         grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
         run_folder.write_json(run_dir / run_folder.PLAN, planned.to_dict())
         job = {
@@ -134,21 +141,41 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
         summary = report.write(run_dir, _facts(command, keys, planned, text, started_at, run_dir))
     except OSError as error:
         raise RunError(f"the run is complete, its summary is not: {explain(error, run_dir)}") from error
-    _export(run_dir, keys)
+    _export(run_dir, keys, method.adapter)
+    if method.conversations and keys["answers"] and (run_dir / run_folder.EXPORT).is_dir():
+        from launchers import answers
+
+        before = prepare.as_hf(checkpoint) if checkpoint.kind != "nemo" else None
+        rows = answers.side_by_side(text, before, run_dir / run_folder.EXPORT, keys["answers"])
+        facts = _facts(command, keys, planned, text, started_at, run_dir)
+        summary = report.write(run_dir, {**facts, "answers": rows})
     return _done("", summary)
 
 
-def _export(run_dir: Path, keys: dict[str, Any]) -> None:
-    """Convert the last checkpoint where `export=` asks for it, and compare what both models compute."""
+def _export(run_dir: Path, keys: dict[str, Any], adapter: bool) -> None:
+    """Convert the last checkpoint where `export=` asks for it, and compare what both models compute.
+
+    An adapter becomes PEFT's and, for a Hugging Face folder, is merged into its base.
+    """
     from nemo_ext import run_folder
 
-    target = run_dir / run_folder.EXPORT
-    if keys["export"] is None or target.exists():
+    if keys["export"] is None:
         return
-    from conversion import convert
+    from conversion import convert, nemo_folder
 
+    options = [convert.Options(from_=f"nemo:{run_dir}", to=f"hf:{run_dir / run_folder.EXPORT}")]
+    if adapter:
+        peft = run_dir / run_folder.ADAPTER
+        base = (run_folder.read_json(run_dir / run_folder.MODEL / nemo_folder.ADAPTER) or {}).get("base")
+        merged = convert.Options(from_=f"lora:{peft}", base=f"hf:{base}", to=f"hf:{run_dir / run_folder.EXPORT}")
+        options = [convert.Options(from_=f"nemo:{run_dir}", to=f"lora:{peft}"), *([merged] if keys["export"] == "hf" else [])]
     try:
-        convert.command(convert.Options(from_=f"nemo:{run_dir}", to=f"hf:{target}"))
+        for each in options:
+            target = Path(each.to.partition(":")[2])
+            if not target.exists():
+                convert.command(each)
+            if adapter:  # with the template that it was trained with
+                shutil.copytree(run_dir / run_folder.MODEL / nemo_folder.TOKENIZER, target, dirs_exist_ok=True)
     except (UserError, RunError) as error:
         raise RunError(f"the run is complete, its export is not: {error}") from error
 
@@ -236,7 +263,17 @@ def _tokenizer(keys: dict[str, Any], checkpoint, architecture) -> Path:
     return folder
 
 
-def _request(keys: dict[str, Any], machine):
+def _trained(method, keys: dict[str, Any], architecture) -> int:
+    """Parameters that have gradients and optimizer states."""
+    from nemo_ext import adapters
+
+    if not method.adapter:
+        return architecture.num_parameters()
+    names = adapters.targets(architecture.family, keys["targets"])
+    return adapters.num_parameters(architecture, names, keys["rank"])
+
+
+def _request(keys: dict[str, Any], machine, trainable: float):
     from launchers.plan import Request
 
     if keys["gpu_memory"]:
@@ -249,7 +286,7 @@ def _request(keys: dict[str, Any], machine):
         raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
     names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device"
     wanted = {name: keys[name] for name in names.split()}
-    return Request(**wanted, gpu_memory=memory, sequence_parallel=keys["sp"], cross_entropy="te")
+    return Request(**wanted, gpu_memory=memory, trainable=trainable, sequence_parallel=keys["sp"], cross_entropy="te")
 
 
 def _planned_keys(planned) -> dict[str, Any]:
@@ -258,13 +295,14 @@ def _planned_keys(planned) -> dict[str, Any]:
             "sp": layout.sequence_parallel, "micro_batch": layout.micro_batch, "recompute": layout.recompute}  # fmt: skip
 
 
-def _brief(planned) -> str:
+def _brief(planned, trained: int) -> str:
     from nemo_ext.report import batch_text, count_text, layout_text
 
     layout, memory = dataclasses.asdict(planned.layout), planned.memory.total / GIB
     device = "process" if planned.request.device == "cpu" else "GPU"
+    only = f", {count_text(trained)} trained" if trained < planned.parameters else ""
     return (
-        f"{count_text(planned.parameters)} parameters; {layout_text(layout)}; {planned.tokens_per_step:,} tokens a step in "
+        f"{count_text(planned.parameters)} parameters{only}; {layout_text(layout)}; {planned.tokens_per_step:,} tokens a step in "
         f"{batch_text(layout)}; {memory:.1f} of {planned.request.gpu_memory / GIB:.1f} GiB a {device}"
     )
 
@@ -333,7 +371,8 @@ def _check_same_run(run_dir: Path, recipe: str, keys: dict[str, Any], overrides:
     except UserError as error:
         raise UserError(f"out={run_dir} holds a run that cannot be read ({error}): give another out=") from None
     wanted = {"recipe": recipe, **keys, **overrides}
-    changed = [k for k, v in wanted.items() if k not in FREE_TO_CHANGE and held.get(k) != v]
+    defaults = {name: field.default for name, field in fields().items()}  # of keys that are newer than the folder
+    changed = [k for k, v in wanted.items() if k not in FREE_TO_CHANGE and held.get(k, defaults.get(k)) != v]
     changed += [k for k in held if "." in k and k not in overrides]
     if changed:
         shown = ", ".join(f"{k}={held.get(k)} and not {wanted.get(k)}" for k in changed[:3])
@@ -361,13 +400,14 @@ def _usable_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     return found
 
 
-def _check_disk(run_dir: Path, planned, keys: dict[str, Any]) -> None:
-    """Refuse a run whose checkpoints will not fit: weights, fp32 copies and moments, `keep` of them and one being written."""
+def _check_disk(run_dir: Path, trained: int, keys: dict[str, Any]) -> None:
+    """Refuse a run whose checkpoints will not fit: weights, fp32 copies and moments of the `trained` parameters, `keep` of them
+    and one being written."""
     from nemo_ext import run_folder
 
     if not keys["keep"]:
         return
-    bytes_each = planned.parameters * (12 if keys["precision"] == "fp32" else 14)
+    bytes_each = trained * (12 if keys["precision"] == "fp32" else 14)
     count = min(keys["keep"], max(1, keys["steps"] // keys["every"]))
     count += 1 - len(run_folder.checkpoints(run_dir / run_folder.CHECKPOINTS))  # of an earlier start: they are there
     need, free = bytes_each * count, free_bytes(run_dir)

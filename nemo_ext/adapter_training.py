@@ -39,8 +39,9 @@ class AdapterStrategy(MegatronStrategy):
         model = self.megatron_parallel
         if self.base is not None:
             metadata = self.unwrapped_checkpoint_io.load_content_metadata(self.base)
-            wanted = {"state_dict": model.sharded_state_dict(metadata=metadata)}
-            loaded = self.checkpoint_io.load_checkpoint(self.base, sharded_state_dict=wanted)
+            states = [chunk.module.sharded_state_dict(prefix="module.", metadata=metadata) for chunk in model]
+            wanted = states[0] if model.vp_size is None else {f"model_{i}": state for i, state in enumerate(states)}
+            loaded = self.checkpoint_io.load_checkpoint(self.base, sharded_state_dict={"state_dict": wanted})
             super().load_model_state_dict({"state_dict": loaded["state_dict"]})
         for chunk in model:
             put_adapter(chunk.module, self.adapter, self.seed)

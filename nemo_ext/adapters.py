@@ -25,8 +25,8 @@ def linears(family: str) -> dict[str, str]:
     return LINEARS.get(family, {**ATTENTION, **GATED_MLP})
 
 
-def targets(family: str, text: str) -> list[str]:
-    """The linears that `text` selects: "all-linear", "attention", "mlp", or names with commas between, in a layer's order.
+def targets(family: str, selected: str | list[str]) -> list[str]:
+    """The linears that "all-linear", "attention", "mlp" and names select, in a layer's order; a string has commas between them.
 
     Raises UserError where it selects nothing, or names what the family does not have.
     """
@@ -34,13 +34,13 @@ def targets(family: str, text: str) -> list[str]:
     mlp = [name for name, target in known.items() if target.startswith(MLP)]
     groups = {"all-linear": list(known), "attention": [name for name in known if name not in mlp], "mlp": mlp}
     wanted: list[str] = []
-    for name in filter(None, (part.strip() for part in str(text).strip("[]").split(","))):
+    for name in map(str, selected) if isinstance(selected, list) else filter(None, map(str.strip, str(selected).split(","))):
         if not (found := groups.get(name, [name] if name in known else [])):
             choices = ", ".join([*known, *(group for group, names in groups.items() if names)])
-            raise UserError(f"targets={text}: {name} matches no linear of a {family} model: {choices}")
+            raise UserError(f"targets= has {name}, which is no linear of a {family} model: {choices}")
         wanted += found
     if not wanted:
-        raise UserError(f"targets={text} names no linear: {', '.join([*known, *groups])}")
+        raise UserError(f"targets={selected} names no linear: {', '.join([*known, *groups])}")
     return [name for name in known if name in wanted]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,6 +217,10 @@ def _markdown(run_dir: Path, summary: dict[str, Any]) -> str:
         lines.append(f"- data: {summary['train_tokens']:,} tokens for training, {summary.get('heldout_tokens') or 0:,} held out")
     if summary.get("machine"):
         lines.append(f"- machine: {summary['machine']}")
+    for row in summary.get("answers") or []:
+        lines += ["", "## Answers before and after", ""] if row is summary["answers"][0] else [""]
+        lines += [f"**{_quoted(row['question'])}**", ""]
+        lines += [f"- {name}: {_quoted(row[name])}" for name in ("before", "after", "reference") if row[name] is not None]
     paths = summary["paths"]
     lines += ["", "## Where everything is", "", f"Folder `{paths['run']}`:", ""]
     if paths["checkpoint"]:
@@ -231,6 +236,11 @@ def _markdown(run_dir: Path, summary: dict[str, Any]) -> str:
         lines += ["", "## Plots", ""]
         lines += [f"![{PLOTS[Path(plot).stem]}]({plot})" for plot in paths["plots"]]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Text of a model or of data in a line of Markdown that it cannot break out of."""
+    return " ".join(re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text).split())
 
 
 def _write_plots(run_dir: Path, steps: Sequence[dict], validations: Sequence[dict], resumed_from_step: int) -> list[str]:

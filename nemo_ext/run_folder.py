@@ -30,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 PLOTS = "plots"
 EXPORT = "hf"
+ADAPTER = "lora"  # the adapter of a run that trained one, in PEFT's format
 MODEL = "model"  # which model the checkpoints are of: see conversion/nemo_folder.py
 MANIFEST = "files.json"  # in a checkpoint: its files and their sizes
 PARTIAL = ".partial"  # ends the name of a checkpoint that is being written or deleted

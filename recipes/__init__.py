@@ -140,6 +140,12 @@ def finish(keys: dict[str, Any]) -> dict[str, Any]:
     return {**keys, **{k: v for k, v in defaults.items() if keys[k] is None}}
 
 
+def check_layout(name: str, keys: dict[str, Any]) -> None:
+    """Refuse what the planned layout does not allow. Raises UserError."""
+    if split(name)[0].adapter and keys["rank"] % keys["tp"]:
+        raise UserError(f"rank={keys['rank']} is not a multiple of tp={keys['tp']}: tensor parallelism splits the adapter too")
+
+
 def architecture(name: str, keys: dict[str, Any]) -> Architecture:
     """The shape that a recipe's size (and, for custom, its shape keys) describes."""
     _, family = split(name)
@@ -173,9 +179,8 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
     keys.update({k: v for k, v in simplest.items() if keys[k] is None})
     keys["sp"] = keys["tp"] > 1 if keys["sp"] is None else keys["sp"]
     keys = finish(keys)
+    check_layout(name, keys)
     method, _ = split(name)
-    if method.adapter and keys["rank"] % keys["tp"]:
-        raise UserError(f"rank={keys['rank']} is not a multiple of tp={keys['tp']}: the adapter is split too")
     from recipes import training
     from recipes.overrides import apply
 
@@ -200,7 +205,7 @@ def _positive(keys: dict[str, Any]) -> None:
                  "cp ep gpu_memory every val_every eps layer_decay epochs rank alpha lora_plus").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
-    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview"):
+    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview", "answers"):
         if keys[name] is not None and keys[name] < 0:
             raise UserError(f"{name}={keys[name]} must not be negative")
     if keys["min_lr"] is not None and keys["min_lr"] > keys["lr"]:
@@ -210,9 +215,9 @@ def _positive(keys: dict[str, Any]) -> None:
 
 
 def _shares(keys: dict[str, Any]) -> None:
-    for name, low, high in (("heldout", 0.0, 1.0), ("decay", 0.0, 1.0), ("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("dropout", 0.0, 1.0)):
-        if not low <= keys[name] < high and not (name == "decay" and keys[name] == 1.0):
-            raise UserError(f"{name}={keys[name]} must be at least {low:g} and below {high:g}")
+    for name in ("heldout", "decay", "beta1", "beta2", "dropout"):
+        if not 0 <= keys[name] < 1 and not (name == "decay" and keys[name] == 1):
+            raise UserError(f"{name}={keys[name]} must be at least 0 and below 1")
 
 
 def _choices(keys: dict[str, Any]) -> None:
@@ -220,4 +225,4 @@ def _choices(keys: dict[str, Any]) -> None:
         check_choice(name, keys[name], field)
 
 
-__all__ = ["METHODS", "TrainKeys", "architecture", "bind", "finish", "load", "names", "resolve", "split"]
+__all__ = ["METHODS", "TrainKeys", "architecture", "bind", "check_layout", "finish", "load", "names", "resolve", "split"]

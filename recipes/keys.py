@@ -42,8 +42,8 @@ class TrainKeys:
     )  # fmt: skip
 
     data: Any = key(
-        None, "text, Markdown, JSONL, Parquet (conversations: JSON, JSONL, CSV, Parquet), a folder or glob of them, a Hugging Face "
-        "dataset, or [a:0.7,b:0.3]", auto="python-docs: the standard library's documentation on this machine", group="data",
+        None, "text, Markdown, JSONL, Parquet (conversations: JSON, JSONL, CSV, Parquet), a folder or glob of them, a Hugging "
+        "Face dataset, or [a:0.7,b:0.3]", auto="python-docs: the standard library's documentation on this machine", group="data",
     )  # fmt: skip
     text_key: str = key("text", "column or field that holds the text", only=TEXT)
     columns: str | None = key(
@@ -60,6 +60,7 @@ class TrainKeys:
         only=CHAT,
     )  # fmt: skip
     pack: bool = key(True, "several conversations in a row, without seeing each other", path="data.pack", only=CHAT)
+    answers: int = key(3, "held-out questions answered before and after, for summary.md, where export=hf is given", only=CHAT)
     preview: int = key(1, "conversations shown with what is learnt in colour", only=CHAT)
     heldout: float = key(0.02, "share of the documents kept out of training for evaluation")
     seq: int | None = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
@@ -101,7 +102,7 @@ class TrainKeys:
 
     rank: int = key(16, "rank of the adapter", only=ADAPTER, group="adapter")
     alpha: float = key(32.0, "the adapter's B A is scaled by alpha / rank", only=ADAPTER)
-    targets: str = key(
+    targets: Any = key(
         "all-linear", "linears with an adapter: all-linear, attention, mlp, or names such as q_proj,v_proj", only=ADAPTER
     )
     dropout: float = key(0.0, "dropout of the adapter's input", only=ADAPTER)
@@ -140,7 +141,9 @@ class TrainKeys:
         auto="8 on a GPU, 4 on a CPU",
     )  # fmt: skip
     export: str | None = key(
-        None, "write the trained model into the run's folder: hf, a Hugging Face folder, or lora, a PEFT adapter", choices=("hf", "lora"),
+        None,
+        "write the trained model into the run's folder: hf, a Hugging Face folder, or lora, a PEFT adapter",
+        choices=("hf", "lora"),
         auto="none",
     )
     tensorboard: bool = key(True, "write TensorBoard event files")

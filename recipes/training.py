@@ -176,7 +176,9 @@ def _optimizer(keys: dict[str, Any]) -> run.Config:
         schedule=keys["schedule"],
         decay_fraction=keys["decay"],
     )
-    return run.Config(MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"], lora_plus=keys["lora_plus"])
+    return run.Config(
+        MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"], lora_plus=keys["lora_plus"]
+    )
 
 
 def _recompute(keys: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from nemo_ext.errors import UserError, explain
 if TYPE_CHECKING:
     from torch import nn
 
-SETTINGS = "adapter.json"
+SETTINGS = nemo_folder.ADAPTER
 SETTINGS_KEYS = {"kind", "target_modules", "dim", "alpha", "dropout", "architecture", "module_prefix", "peft_config", "modules"}
 KINDS = ("canonical_lora", "lora", "dora")
 # Hugging Face's parts of Megatron's fused linears: NeMo's module and its target
@@ -144,7 +144,7 @@ def find(path: Path, alpha: float | None) -> tuple[Path, dict[str, Any]]:
     if (path / SETTINGS).is_file():
         folder, file, architecture = path, path / SETTINGS, {}
     else:
-        checkpoint = nemo_folder.find(path)
+        checkpoint = nemo_folder.find(path, adapter=True)
         folder, architecture = checkpoint.folder, checkpoint.architecture.to_dict()
         file = folder.absolute().parents[1] / run_folder.MODEL / SETTINGS
     weights = folder / nemo_folder.WEIGHTS

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_ext.data import records
-from nemo_ext.data.chat import formats
+from nemo_ext.data.chat import formats, records
 from nemo_ext.data.sources import Source
 from nemo_ext.errors import UserError
 from nemo_ext.evaluation import text_metrics

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -62,6 +61,7 @@ class Judge:
         self.endpoint = endpoint
         self._file = replies
         self._lock = threading.Lock()
+        self._stopping = threading.Event()  # set by the first error, so that other threads do not go on trying
         self._replies: dict[str, str] = {}
         if replies.exists():
             for line in replies.read_text().splitlines():
@@ -82,12 +82,13 @@ class Judge:
                     if progress:
                         progress(done)
             except BaseException:
+                self._stopping.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return replies
 
     def ask(self, messages: list[dict[str, str]]) -> str:
-        """The reply to `messages`. Raises UserError for a request that the endpoint refuses, RunError if it stays out of reach."""
+        """The reply to `messages`. Raises UserError if the endpoint refuses it, RunError if that stays out of reach."""
         body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages}
         if self.endpoint.temperature is not None:
             body["temperature"] = self.endpoint.temperature
@@ -118,8 +119,9 @@ class Judge:
             except urllib.error.HTTPError as error:
                 trouble = f"{error.code} {error.reason}: {_reason(error)}"
                 if error.code not in PASSING:
-                    key = f"; the key comes from the environment's {end.key_env or DEFAULT_KEY}" if error.code in (401, 403) else ""
-                    raise UserError(f"the judge at {end.address} refuses: {trouble}{key}") from None
+                    if error.code in (401, 403):
+                        trouble += f"; the key comes from the environment's {end.key_env or DEFAULT_KEY}"
+                    raise UserError(f"the judge at {end.address} refuses: {trouble}") from None
                 wait = max(wait, _retry_after(error))
             except TimeoutError:
                 trouble = f"no reply within judge_timeout={end.timeout:g} seconds"
@@ -127,8 +129,8 @@ class Judge:
                 reason = getattr(error, "reason", error)
                 timed_out = isinstance(reason, TimeoutError)
                 trouble = f"no reply within judge_timeout={end.timeout:g} seconds" if timed_out else str(reason) or repr(reason)
-            if attempt < end.retries:
-                time.sleep(wait)
+            if attempt < end.retries and self._stopping.wait(wait):
+                break
         raise RunError(
             f"the judge at {end.address} did not answer in {end.retries + 1} attempts: {trouble}; "
             "its earlier replies are kept, the same command goes on"

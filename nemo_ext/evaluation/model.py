@@ -15,7 +15,7 @@ from nemo_ext.errors import UserError
 from nemo_ext.platform import hardware
 
 BATCH = 16  # sequences at once where nothing else is asked for
-BATCH_TOKENS = 16384
+BATCH_TOKENS = {"GPU": 16384, "CPU": 2048}  # more make a CPU no quicker, and its bar jerk
 LOGIT_BYTES = 1 << 30  # of a batch, counted in fp32
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -183,7 +183,8 @@ class Model:
         begin = 0
         while begin < len(inputs):
             length = len(inputs[begin])
-            fitting = min(BATCH, BATCH_TOKENS // length, LOGIT_BYTES // (4 * length * self.vocabulary))
+            tokens = BATCH_TOKENS["GPU" if hardware.has_cuda() else "CPU"]
+            fitting = min(BATCH, tokens // length, LOGIT_BYTES // (4 * length * self.vocabulary))
             size = self.batch or max(1, fitting)
             yield list(inputs[begin : begin + size])
             begin += size

@@ -42,7 +42,10 @@ ENGLISH = Words(
     " ",
 )
 CHINESE = Words(
-    "以下是单项选择题，请直接给出正确答案的选项。\n\n", "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "答案：", ""
+    "以下是单项选择题，请直接给出正确答案的选项。\n\n",
+    "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n",
+    "答案：",
+    "",
 )
 
 
@@ -56,13 +59,11 @@ class Exam:
     about: str
 
 
-def exam(questions: list[Question], shots: int, dev: list[Question] | None) -> Exam:
-    """Split off or choose the examples. Raises UserError for a subject that has too few."""
-    if shots < 0:
-        raise UserError(f"shots={shots} must be 0 or more")
+def exam(questions: list[Question], shots: int = 0, dev: list[Question] | None = None, limit: int | None = None) -> Exam:
+    """Choose or split off the examples, and of what is left the first `limit`. Raises UserError for a subject with too few."""
     words = CHINESE if sum(is_chinese(q.text) for q in questions) * 2 > len(questions) else ENGLISH
     if not shots:
-        return Exam(questions, {}, words, "no examples before the question")
+        return Exam(questions[:limit], {}, words, "no examples before the question")
     groups: dict[str, list[Question]] = {}
     for question in questions if dev is None else dev:
         groups.setdefault(question.subject, []).append(question)
@@ -70,14 +71,14 @@ def exam(questions: list[Question], shots: int, dev: list[Question] | None) -> E
         groups = {subject: groups[""] for subject in {q.subject for q in questions}}
     for subject in dict.fromkeys(q.subject for q in questions):
         if len(groups.get(subject, ())) < shots + (dev is None):
-            where = f"dev= has {len(groups.get(subject, ()))} examples" if dev is not None else f"{len(groups[subject])} questions"
-            raise UserError(f"shots={shots}: {where}{f' of {subject}' if subject else ''}: too few; lower shots=")
+            what = f"{len(groups.get(subject, ()))} {'questions' if dev is None else 'examples in dev='}"
+            raise UserError(f"shots={shots}: {what}{f' of {subject}' if subject else ''} are too few: lower shots=")
     examples = {subject: group[:shots] for subject, group in groups.items()}
     if dev is not None:
-        return Exam(questions, examples, words, f"{shots} examples from dev= before the question")
+        return Exam(questions[:limit], examples, words, f"{shots} examples from dev= before the question")
     used = {id(question) for group in examples.values() for question in group}
     about = f"the first {shots} questions{' of each subject' if len(groups) > 1 else ''} are the examples, and not scored"
-    return Exam([q for q in questions if id(q) not in used], examples, words, about)
+    return Exam([q for q in questions if id(q) not in used][:limit], examples, words, about)
 
 
 def prompt(exam: Exam, question: Question, letters: bool, skip: int = 0) -> str:

@@ -72,15 +72,17 @@ def evaluate(
     sizes: list[int] = []  # bytes of each document
     counts: list[int] = []  # and tokens
     pending: list[tuple[int, Request]] = []
-    done = 0
+    scored = 0  # bytes
 
-    def score() -> None:
+    def score(done: int) -> None:
+        """Score what is pending; with it, `done` bytes are."""
+        nonlocal scored
         requests = [request for _, request in pending]
-        for (document, request), log_p in zip(pending, model.log_likelihoods(requests), strict=True):
+        advance = (lambda n: progress(scored + (done - scored) * n // len(requests))) if progress else None
+        for (document, request), log_p in zip(pending, model.log_likelihoods(requests, advance), strict=True):
             per_window.append((document, -float(log_p.sum()), len(request.ids) - request.start))
         pending.clear()
-        if progress:
-            progress(done)
+        scored = done
 
     for number, text in enumerate(texts):
         ids = [model.start_id, *model.encode(text)]
@@ -89,9 +91,8 @@ def evaluate(
         for begin, end, first in windows(len(ids), window, stride):
             pending.append((number, Request(tuple(ids[begin:end]), first - begin)))
             if len(pending) >= REQUESTS:
-                score()
-        done += sizes[-1]
-    score()
+                score(sum(sizes[:-1]) + sizes[-1] * end // len(ids))
+    score(sum(sizes))
     return _result(model, per_window, sizes, counts, window, stride)
 
 
@@ -114,7 +115,7 @@ def _result(
     context = "no overlap" if stride == window else f"{window - stride + 1} tokens of context or more where there are as many"
     start = model.tokenizer.convert_ids_to_tokens(model.start_id)
     about = [
-        f"{len(sizes):,} documents, {sum(sizes):,} bytes, {sum(counts):,} tokens",
+        f"{len(sizes):,} document{'s' if len(sizes) > 1 else ''}, {sum(sizes):,} bytes, {sum(counts):,} tokens",
         f"windows of {window} tokens, {stride} apart ({context}); every document begins after {start}",
     ]
     return Result([perplexity, nats, bits], about)
@@ -127,4 +128,3 @@ def _exp(value: float) -> float:
 def size_of(texts: list[str]) -> int:
     """Bytes of the documents: what `progress` counts to."""
     return sum(len(text.encode()) for text in texts)
-

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ext.data import records
+from nemo_ext.data.chat import records
 from nemo_ext.data.sources import RECORDS, Source, file_kind
 from nemo_ext.errors import UserError
 
@@ -41,15 +41,13 @@ class Question:
     place: str
 
 
-def read(source: Source, limit: int | None = None) -> list[Question]:
+def read(source: Source) -> list[Question]:
     """The questions of a source in order. Raises UserError, with file and line, for a row that is none."""
     by_file = len(source.files) > 1
     found = []
     for place, row in _rows(source):
         stem = Path(getattr(place, "name", "")).name.split(".")[0]
         found.append(_question(row, str(place), PARTS.sub("", stem) if by_file else ""))
-        if limit is not None and len(found) == limit:
-            break
     if not found:
         raise UserError(f"mcq:{source.name}: there is no question in it")
     return found

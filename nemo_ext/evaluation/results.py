@@ -147,7 +147,7 @@ def distinct(paths: Sequence[Path]) -> list[str]:
     parts = [path.absolute().parts for path in paths]
     lengths = [1] * len(parts)
     while True:
-        names = ["/".join(p[-n:]) for p, n in zip(parts, lengths, strict=True)]
+        names = [str(Path(*p[-n:])) for p, n in zip(parts, lengths, strict=True)]
         clashing = [i for i, name in enumerate(names) if names.count(name) > 1 and lengths[i] < len(parts[i])]
         if not clashing:
             return names

@@ -53,28 +53,23 @@ def parse(tasks: Any, metrics: Any = "all") -> list[Task]:
     """
     default = _metrics(as_list("metrics", metrics), "metrics=")
     found = [_parse(text, default) for text in as_list("tasks", tasks)]
-    for number, task in enumerate(found):
-        if task in found[:number]:
-            raise UserError(f"tasks=: {task.kind}:{task.what} is given twice")
     for kind in KINDS:
         same = [i for i, task in enumerate(found) if task.kind == kind]
         for i, short in zip(same, distinct([Path(found[i].what) for i in same]), strict=True):
             task = found[i]
             found[i] = Task(task.kind, task.what, f"{kind}:{short}", task.source, task.metrics)
     names = [task.name for task in found]
-    if again := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"tasks=: {again} is given twice")
+    if again := next((task for task in found if names.count(task.name) > 1), None):
+        raise UserError(f"tasks=: {again.kind}:{again.what} is given twice")
     return found
 
 
 def files(kind: str, what: str, label: str) -> Source:
     """The source `what` of a task; `label` names it in errors. Raises UserError where it is no file, folder or data set."""
     try:
-        (source,) = sources.parse([what], FILES[kind])
+        (source,) = sources.parse(Path(what), FILES[kind])  # a path, for in a text the end may be a weight
     except UserError as error:
         raise UserError(str(error).replace(f"data={what}", label)) from None
-    if source.weight is not None:
-        raise UserError(f"{label}: no such file")  # what reads as a weight after the colon is part of no name
     return source
 
 

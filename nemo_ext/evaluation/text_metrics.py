@@ -19,7 +19,7 @@ from nemo_ext.evaluation.results import Metric
 
 _CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _PIECES = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[a-z0-9]+")
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?|(?<![\w.])-?\.\d+")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_])(?<!\d\.)-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?|\.\d+)")
 ORDER = 4  # of BLEU's n-grams
 
 
@@ -39,7 +39,6 @@ def measure(name: str, outputs: Sequence[str], references: Sequence[Sequence[str
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[Metric, list[float]]:
     """Corpus BLEU in [0, 100], and each output's sentence BLEU."""
     scorer = _bleu(_tokenizer(references))
-    # With texts that lack n-grams of the higher orders, corpus BLEU is 0 but for smoothing, which is sacrebleu's default.
     each = [scorer.sentence_score(output, list(refs)) for output, refs in zip(outputs, references, strict=True)]
     sums = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in each], dtype=np.float64)
     corpus = functools.partial(_corpus_bleu, scorer)
@@ -96,12 +95,9 @@ def require_packages() -> None:
 
 @functools.lru_cache(maxsize=2)
 def _bleu(tokenizer: str):
-    import logging
-
     from sacrebleu.metrics import BLEU
 
-    logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # its advice on sentence scores: only their counts are summed
-    return BLEU(tokenize=tokenizer)
+    return BLEU(tokenize=tokenizer, effective_order=True)  # for the scores of single outputs; their counts are the same
 
 
 def _corpus_bleu(scorer, totals: np.ndarray) -> float:

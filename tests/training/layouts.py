@@ -95,6 +95,9 @@ def probe(out: Path):
         def on_train_start(self, trainer, *unused):
             self.began = {name: p.detach().clone() for name, p in self.parameters(trainer)}
 
+        def on_train_batch_start(self, trainer, *unused):
+            self.training = all(module.training for chunk in trainer.strategy.megatron_parallel for module in chunk.modules())
+
         def on_train_end(self, trainer, *unused):
             trained = {name for name, p in self.parameters(trainer) if not torch.equal(p, self.began[name])}
             chunks = trainer.strategy.megatron_parallel
@@ -105,7 +108,7 @@ def probe(out: Path):
                 "names": set(self.began),
                 "with_gradient": {name for name, p in self.parameters(trainer) if p.requires_grad},
                 "gradient_elements": buffers,
-                "training": all(module.training for module in chunks.modules()),
+                "training": self.training,
             }
             if trainer.strategy.pipeline_model_parallel_size == trainer.strategy.tensor_model_parallel_size == 1:
                 tokens = torch.arange(2 * 32).reshape(2, 32) * 7 % 500
@@ -115,7 +118,8 @@ def probe(out: Path):
                 torch.save(found, self.out / "probe.pt")
 
         def parameters(self, trainer):
-            return [(n, p) for chunk in trainer.strategy.megatron_parallel for n, p in chunk.module.module.named_parameters()]
+            chunks = enumerate(trainer.strategy.megatron_parallel)
+            return [(f"{i}.{n}", p) for i, chunk in chunks for n, p in chunk.module.module.named_parameters()]
 
     return run.Config(Probe, out=str(out))
 

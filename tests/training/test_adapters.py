@@ -20,13 +20,11 @@ COMMON = dict(seq=SEQ, lr=LR, rank=4, alpha=8.0, val_every=20, val_batches=2)
 SHORT = dict(COMMON, steps=6, pack=True)
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 1_000}
 LAYOUTS = {
-    "tp2": dict(tp=2, sp=False),
     "tp2_sp": dict(tp=2, sp=True),
     "pp2": dict(pp=2),
     "pp2_vp2": dict(pp=2, vp=2),
     "dp2": dict(distributed_optimizer=False, overlap=False),
     "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True),
-    "tp2_sp_recompute": dict(tp=2, sp=True, recompute="full"),
     "pp2_recompute": dict(pp=2, recompute="full"),
 }
 VARIANTS = {
@@ -34,7 +32,6 @@ VARIANTS = {
     "rslora": dict(rslora=True),
     "attention": dict(targets="attention"),
     "some": dict(targets="k_proj,up_proj,down_proj"),
-    "weight_decay": dict(weight_decay=0.1),
 }
 
 
@@ -130,13 +127,11 @@ def peft_model(hf, probe, targets, **settings):
     return model
 
 
-def train_with_peft(model, data, steps, lora_plus=1.0, weight_decay=0.0):
+def train_with_peft(model, data, steps, lora_plus=1.0):
     """[(loss, gradient norm)] of a plain loop with torch's AdamW."""
     own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in own if ("lora_B" in n) == b], "factor": lora_plus if b else 1.0} for b in (False, True)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    groups = [{"params": [p for n, p in own if ("lora_B" in n) == b], "factor": lora_plus if b else 1.0} for b in (False, True)]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     found = []
     for step in range(steps):
         batch = [data[8 * step + i] for i in range(8)]
@@ -166,7 +161,7 @@ def test_twenty_steps_equal_peft_with_torchs_adamw(runs, models, chats, tokenize
         for step, (loss, norm) in enumerate(theirs, 1):
             assert ours[step] == pytest.approx(loss, abs=1e-4), (name, step)
             assert norms[step] == pytest.approx(norm, rel=1e-3), (name, step)
-    assert theirs[-1][0] < theirs[0][0] - 0.5  # and it learns
+    assert theirs[-1][0] < theirs[0][0] - 0.2  # and it learns
 
 
 @pytest.mark.parametrize(
@@ -176,7 +171,6 @@ def test_twenty_steps_equal_peft_with_torchs_adamw(runs, models, chats, tokenize
         ("rslora", ALL, {"use_rslora": True}, {}),
         ("attention", ALL[:4], {}, {}),
         ("some", ["k_proj", "up_proj", "down_proj"], {}, {}),
-        ("weight_decay", ALL, {}, {"weight_decay": 0.1}),
     ],
 )
 def test_variants_equal_peft(runs, models, chats, tokenizer, name, targets, settings, optimizer):
@@ -185,8 +179,7 @@ def test_variants_equal_peft(runs, models, chats, tokenizer, name, targets, sett
     theirs = train_with_peft(model, rows(chats, tokenizer, 6 * 8), 6, **optimizer)
     ours = losses(runs, name)[0]
     assert [ours[step] for step in range(1, 7)] == pytest.approx([loss for loss, _ in theirs], abs=1e-4)
-    if name != "weight_decay":
-        assert abs(ours[6] - losses(runs, "weight_decay")[0][6]) > 1e-3
+    assert all(abs(ours[6] - losses(runs, other)[0][6]) > 1e-3 for other in VARIANTS if other != name)
     assert len(probe["began"]) == 4 * 2 * len(targets)
 
 
@@ -207,7 +200,8 @@ def test_resumed_run_equals_the_one_that_was_not(runs, name):
 @pytest.mark.parametrize("name", ["dropout", "bf16"])
 def test_resumes_bit_for_bit(runs, name):
     assert_same(losses(runs, name), losses(runs, f"{name}_again"), tolerance=0)
-    assert abs(losses(runs, name)[0][6] - losses(runs, "one")[0][6]) > 1e-4
+    plain = losses(runs, "one")[0]
+    assert max(abs(loss - plain[step]) for step, loss in losses(runs, name)[0].items()) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["long", "one", *LAYOUTS, *VARIANTS])
@@ -239,9 +233,9 @@ def test_a_checkpoint_holds_the_adapter_alone(runs):
     elements = sum(value.numel() for value in torch.load(runs / "long" / "probe.pt")["began"].values())
     stored = read(checkpoint / "weights")
     assert all(".adapter." in name for name in stored)
-    assert sum(math.prod(t.shape) for name, t in stored.items() if name.startswith("module.")) == elements
-    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-    assert size < 3 * 4 * elements + 300_000
+    weights = {name: t for name, t in stored.items() if not name.startswith("optimizer.")}
+    assert sum(math.prod(t.shape) for t in weights.values()) == elements
+    assert sum(math.prod(t.shape) for t in stored.values()) <= 4 * elements  # and fp32 copy and two moments
 
 
 @pytest.mark.parametrize("name", ["long", "rslora", "some"])

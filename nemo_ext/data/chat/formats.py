@@ -90,12 +90,13 @@ def parse(record: Mapping[str, Any], place: object = "record", columns: Mapping[
     """
     for ours, theirs in (columns or {}).items():
         if ours in ("prompt", "completion", "messages") and theirs not in record:
-            raise UserError(f'{place}: no "{theirs}", which columns.{ours}= names: the fields are {", ".join(map(str, record))}')
+            there = ", ".join(map(str, record))
+            raise UserError(f'{place}: no "{theirs}", which columns={ours}:{theirs} names: the fields are {there}')
     name = detect(record, columns)
     if name is None:
         raise UserError(
             f"{place}: unknown format of conversation, with the fields {', '.join(map(str, record)) or 'none'}: known are "
-            f"{', '.join(READERS)}; columns= names the fields of others (columns.prompt=, columns.completion=)"
+            f"{', '.join(READERS)}; columns=prompt:FIELD,completion:FIELD names those of others"
         )
     record = _renamed(record, columns)
     messages = READERS[name](record, place)
@@ -110,9 +111,9 @@ def check_columns(columns: Mapping[str, str]) -> None:
     """Refuse names that `columns` does not know. Raises UserError."""
     for name in columns:
         if name not in ROLE_COLUMNS:
-            raise UserError(f"columns.{name}=: unknown: give {', '.join(ROLE_COLUMNS)}")
+            raise UserError(f"columns={name}: unknown: give {', '.join(ROLE_COLUMNS)}")
     if ("prompt" in columns) != ("completion" in columns):
-        raise UserError("columns=: name both columns.prompt= and columns.completion=")
+        raise UserError("columns= names prompt and completion together: columns=prompt:FIELD,completion:FIELD")
 
 
 # The formats

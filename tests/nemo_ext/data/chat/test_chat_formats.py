@@ -64,11 +64,11 @@ def test_named_columns():
     assert detect(record) is None and detect(record, columns) == "completion"
     assert parse(record, "x", columns).messages == (*SYSTEM[:2], Message("assistant", "4", "Two and two."))
     assert parse({"chat": turns("2+2?", "4")}, "x", {"messages": "chat"}).messages == PLAIN
-    with pytest.raises(UserError, match='f.csv, line 2: no "w", which columns.prompt= names: the fields are q, best'):
+    with pytest.raises(UserError, match='f.csv, line 2: no "w", which columns=prompt:w names: the fields are q, best'):
         parse(record, "f.csv, line 2", {"prompt": "w", "completion": "best"})
-    with pytest.raises(UserError, match="columns.text=: unknown: give prompt, completion"):
+    with pytest.raises(UserError, match="columns=text: unknown: give prompt, completion"):
         check_columns({"text": "x"})
-    with pytest.raises(UserError, match="name both"):
+    with pytest.raises(UserError, match="names prompt and completion together"):
         check_columns({"prompt": "x"})
 
 
