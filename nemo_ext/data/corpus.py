@@ -14,34 +14,29 @@ below `heldout`. The same text therefore lands on the same side wherever it stan
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from nemo_ext.data import readers
+from nemo_ext.data.cache import built, content_of, durable, writing
 from nemo_ext.data.encoder import Encoder, IdsDiffer
 from nemo_ext.data.indexed import write_index
 from nemo_ext.data.readers import Block
 from nemo_ext.data.sources import Source
-from nemo_ext.disk import sync, write_atomic
-from nemo_ext.errors import RunError, UserError
+from nemo_ext.data.split import SMALLEST, Split, adjust
+from nemo_ext.data.workers import spread
+from nemo_ext.disk import write_atomic
+from nemo_ext.errors import UserError
 
 FORMAT = 1  # part of the keys: raise it when the same input gives other files
-SMALLEST = 64  # hashes kept a source, from which small corpora choose the document to hold out
 IN_PROCESS_BYTES = 32 << 20  # below this, starting processes costs more than it saves
 Progress = Callable[[int, int], None]
 
@@ -95,23 +90,6 @@ class Corpus:
         return cls(**{**values, "sources": [SourceCorpus(**s) for s in values["sources"]]})
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which documents are held out: those whose hash is below `below`, except the hashes `kept` in training."""
-
-    seed: int
-    below: int
-    kept: tuple[int, ...] = ()
-
-    def holds_out(self, hashes: np.ndarray) -> np.ndarray:
-        """Boolean [documents] from uint64 [documents]."""
-        held = hashes < np.uint64(min(self.below, 2**64 - 1)) if self.below else np.zeros(len(hashes), bool)
-        return held & ~np.isin(hashes, np.array(self.kept, np.uint64)) if self.kept else held
-
-    def hash(self, text: str) -> int:
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=b"%d" % self.seed).digest(), "little")
-
-
 def prepare(
     sources: Iterable[Source],
     tokenizer_dir: str | Path,
@@ -138,10 +116,10 @@ def prepare(
     cache = Path(cache_dir).expanduser().absolute()
     encoder = Encoder(tokenizer_dir, engine)
     encoder.eod  # noqa: B018  (refused before the work, not after)
-    with _writing(cache):
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         named = [_on_disk(source, cache) for source in sources]
-        contents = [_content(source, cache) for source in named]
+        contents = [content_of(source, cache) for source in named]
         split = Split(seed, int(heldout * 2**64))
         try:
             metas, split = _build_all(named, contents, encoder, cache, split, workers, text_key, progress)
@@ -175,23 +153,8 @@ def _build_all(
         return metas
 
     metas = build(split)
-    adjusted = _adjust(split, metas)
+    adjusted = adjust(split, metas)
     return (metas, split) if adjusted == split else (build(adjusted), adjusted)
-
-
-def _adjust(split: Split, metas: list[dict]) -> Split:
-    """The split that holds out at least one document and leaves one in every source, if `split` does not."""
-    if split.below == 0:
-        return split
-    last = sorted({meta["largest"] for meta in metas})  # stay in training, so that every source has something to train on
-    candidates = [h for h in sorted({h for meta in metas for h in meta["smallest"]}) if h not in last]
-    if not candidates:
-        raise UserError(
-            "data=: nothing can be held out, as documents are never split between training and held-out data and each source "
-            "has one document (or copies of one): give more documents (JSONL has one a line), or heldout=0"
-        )
-    below = max(split.below, candidates[0] + 1)
-    return Split(split.seed, below, tuple(h for h in last if h < below))
 
 
 def _build(
@@ -205,41 +168,16 @@ def _build(
     progress: Progress | None,
 ) -> dict:
     """The metadata of one source, from the cache or built into it."""
-    settings = [
-        FORMAT,
-        content,
-        encoder.fingerprint,
-        str(encoder.dtype),
-        split.seed if split.below else 0,
-        split.below,
-        split.kept,
-        text_key,
-    ]
-    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
-    final = cache / key
-    done = final / "corpus.json"
-    if not done.is_file():
-        with _locked(cache / f"{key}.lock"):
-            if not done.is_file():
-                _check_space(source, encoder, cache)
-                partial = cache / f"{key}.partial"
-                partial.mkdir(exist_ok=True)
-                try:
-                    meta = _write(source, encoder, split, workers, text_key, partial, progress)
-                except (UserError, IdsDiffer):  # not an interruption: these blocks will not be asked for again
-                    shutil.rmtree(partial)
-                    raise
-                meta["key"] = key
-                write_atomic(partial / "corpus.json", json.dumps(meta, indent=2))
-                sync(partial)
-                if final.exists():  # a folder without corpus.json is not ours to trust
-                    shutil.rmtree(final)
-                partial.rename(final)
-                sync(cache)
-        (cache / f"{key}.lock").unlink(missing_ok=True)
+
+    def build(partial: Path) -> dict:
+        _check_space(source, encoder, cache)
+        return _write(source, encoder, split, workers, text_key, partial, progress)
+
+    settings = [FORMAT, content, encoder.fingerprint, str(encoder.dtype), *split.settings, text_key]
+    meta = built(cache, settings, "corpus.json", build, gives_up_on=(UserError, IdsDiffer))
     if progress is not None:
         progress(readers.size_of(source)[0], readers.size_of(source)[0])
-    return json.loads(done.read_text())
+    return meta
 
 
 def _write(
@@ -260,11 +198,11 @@ def _write(
         lengths = np.concatenate([_part(partial, i)[side] for i in range(parts)] or [np.empty(0, np.int64)])
         meta[f"{side}_documents"], meta[f"{side}_tokens"] = len(lengths), int(lengths.sum())
         if len(lengths):
-            with _durable(partial / f"{side}.bin") as file:
+            with durable(partial / f"{side}.bin") as file:
                 for i in range(parts):
                     with open(partial / f"part-{i:06d}.{side}", "rb") as part:
                         shutil.copyfileobj(part, file, 1 << 24)
-            with _durable(partial / f"{side}.idx") as file:
+            with durable(partial / f"{side}.idx") as file:
                 write_index(file, lengths, encoder.dtype)
     for path in partial.glob("part-*"):
         path.unlink()
@@ -276,63 +214,14 @@ def _write(
 
 def _encode_parts(source: Source, encoder: Encoder, split: Split, workers: int, text_key: str, partial: Path) -> Iterator[int]:
     """Encode the blocks that have no part yet. Yields the size of each block as it is done, in any order."""
+    small = readers.size_of(source)[1] < IN_PROCESS_BYTES
     job = (encoder, split, text_key, partial)
-    blocks = enumerate(readers.plan(source, text_key))
-    if workers <= 1 or readers.size_of(source)[1] < IN_PROCESS_BYTES:
-        for number, block in blocks:
-            yield _encode_block(number, block, job)
-        return
-    import multiprocessing
-
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (job, os.getpid()))
-    running: set[Future] = set()
-    try:
-        for number, block in blocks:
-            if _has_part(partial, number):
-                yield block.size
-                continue
-            running.add(pool.submit(_encode_in_worker, number, block))
-            if len(running) >= 3 * workers:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    except BrokenProcessPool:
-        raise RunError(
-            f"data={source.name}: a process that tokenises was killed, most likely for want of memory: the same command goes on "
-            "where it stopped; use fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    yield from spread(_encode_block, job, enumerate(readers.plan(source, text_key)), 1 if small else workers, source.name)
 
 
-_job: tuple[Encoder, Split, str, Path] | None = None
-
-
-def _start_worker(job: tuple[Encoder, Split, str, Path], parent: int) -> None:
-    global _job
-    _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: a pool's worker waits on its queue for ever otherwise."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _encode_in_worker(number: int, block: Block) -> int:
-    assert _job is not None
-    return _encode_block(number, block, _job)
-
-
-def _encode_block(number: int, block: Block, job: tuple[Encoder, Split, str, Path]) -> int:
+def _encode_block(job: tuple[Encoder, Split, str, Path], task: tuple[int, Block]) -> int:
     """Write one part: its tokens by side, then, as the sign that it is complete, its lengths and hashes."""
-    encoder, split, text_key, partial = job
+    (encoder, split, text_key, partial), (number, block) = job, task
     if _has_part(partial, number):
         return block.size
     lengths: dict[str, list[np.ndarray]] = {"train": [np.empty(0, np.int64)], "heldout": [np.empty(0, np.int64)]}
@@ -406,50 +295,6 @@ def _on_disk(source: Source, cache: Path) -> Source:
     return dataclasses.replace(source, kind="files", files=(path,), chosen=True)
 
 
-def _content(source: Source, cache: Path) -> str:
-    """Digest of the bytes of all files of a source in their order; names do not count, types do."""
-    if source.kind == "hub":
-        return f"hub {readers.load_dataset(source)._fingerprint}"
-    known = _Fingerprints(cache / "fingerprints.json")
-    digests = [f"{''.join(path.suffixes[-2:]).lower()} {known.digest(path)}" for path in source.files]
-    known.save()
-    if source.kind == "files" and source.chosen and source.files[0].stat().st_size == 0:
-        raise UserError(f"{source.files[0]}: the file is empty")
-    return hashlib.blake2b("\n".join([source.kind, *digests]).encode(), digest_size=16).hexdigest()
-
-
-class _Fingerprints:
-    """Digests of files by path, size and time of change, so that a second run does not read the data again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.changed = False
-        try:
-            self.known: dict[str, list] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            self.known = {}
-
-    def digest(self, path: Path) -> str:
-        stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        name = str(path.absolute())
-        if self.known.get(name, [None])[:-1] == state:
-            return self.known[name][-1]
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:  # a younger file may change again within its time stamp
-            self.known[name] = [*state, digest]
-            self.changed = True
-        return digest
-
-    def save(self) -> None:
-        if self.changed:
-            write_atomic(self.path, json.dumps(self.known))
-
-
 # Results and refusals
 
 
@@ -504,41 +349,3 @@ def _check_space(source: Source, encoder: Encoder, cache: Path) -> None:
             f"{cache}: {free / 1e9:.1f} GB free, and up to {needed / 1e9:.1f} GB are needed to tokenise {text / 1e9:.1f} GB of "
             f"{source.name}: make room or choose another folder for the cache"
         )
-
-
-@contextlib.contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """What the file system refuses, as one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{cache}: the disk is full: make room; the same command goes on where it stopped") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{error.filename or cache}: {error.strerror}") from None
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time. The system lets go of the lock when its holder dies."""
-    import fcntl
-
-    while True:
-        with open(path, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                current = os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
-            except FileNotFoundError:
-                current = False
-            if current:  # and not a file that the builder before us has removed
-                yield
-                return
-
-
-@contextlib.contextmanager
-def _durable(path: Path) -> Iterator:
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())

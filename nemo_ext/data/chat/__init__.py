@@ -8,5 +8,4 @@ store      `prepare`: render, tokenise, split, cache
 pack       several conversations in a row
 module     the data module for NeMo 2's trainer
 preview    one conversation with the trained text in colour
-workers    work spread over processes
 """

@@ -24,16 +24,17 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_ext.data import corpus, readers
+from nemo_ext.data import readers
+from nemo_ext.data.cache import built, content_of, durable, writing
 from nemo_ext.data.chat import records
 from nemo_ext.data.chat.formats import check_columns, parse
 from nemo_ext.data.chat.render import UNIT, Renderer, Settings
-from nemo_ext.data.chat.workers import spread
-from nemo_ext.data.corpus import Progress, Split
+from nemo_ext.data.corpus import Progress
 from nemo_ext.data.encoder import Encoder
 from nemo_ext.data.readers import Block
 from nemo_ext.data.sources import Source
-from nemo_ext.disk import sync, write_atomic
+from nemo_ext.data.split import SMALLEST, Split, adjust
+from nemo_ext.data.workers import spread
 from nemo_ext.errors import UserError
 
 FORMAT = 1  # part of the keys: raise it when the same input gives other files
@@ -189,9 +190,9 @@ def prepare(
         raise UserError(f"heldout={heldout}: a share of the conversations from 0 to below 1")
     cache = Path(cache_dir).expanduser().absolute()
     encoder, renderer = Encoder(tokenizer_dir), Renderer(tokenizer_dir, settings)
-    with corpus._writing(cache):
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        contents = [corpus._content(source, cache) for source in sources]
+        contents = [content_of(source, cache) for source in sources]
         total = sum(readers.size_of(source)[0] for source in sources)
 
         def build(split: Split) -> list[dict]:
@@ -205,38 +206,23 @@ def prepare(
 
         split = Split(seed, int(heldout * 2**64))
         metas = build(split)
-        if (adjusted := corpus._adjust(split, metas)) != split:
+        if (adjusted := adjust(split, metas)) != split:
             metas = build(adjusted)
     return _result(sources, metas, encoder, renderer, cache)
 
 
 def _build(source: Source, content: str, job: _Job, cache: Path, workers: int, progress) -> dict:
     """The metadata of one source, from the cache or built into it."""
-    split = job.split
     settings = [FORMAT, content, job.renderer.fingerprint, str(job.dtype), sorted(job.columns.items()), job.skip_bad]
-    settings += [split.seed if split.below else 0, split.below, split.kept]
-    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
-    final = cache / key
-    if not (final / "chat.json").is_file():
-        with corpus._locked(cache / f"{key}.lock"):
-            if not (final / "chat.json").is_file():
-                partial = cache / f"{key}.partial"
-                partial.mkdir(exist_ok=True)
-                try:
-                    meta = _write(source, dataclasses.replace(job, partial=partial), workers, progress)
-                except UserError:  # not an interruption: these blocks will not be asked for again
-                    shutil.rmtree(partial)
-                    raise
-                write_atomic(partial / "chat.json", json.dumps({**meta, "key": key}, indent=2))
-                sync(partial)
-                if final.exists():  # a folder without chat.json is not ours to trust
-                    shutil.rmtree(final)
-                partial.rename(final)
-                sync(cache)
-        (cache / f"{key}.lock").unlink(missing_ok=True)
+    meta = built(
+        cache,
+        [*settings, *job.split.settings],
+        "chat.json",
+        lambda partial: _write(source, dataclasses.replace(job, partial=partial), workers, progress),
+    )
     if progress is not None:
         progress(readers.size_of(source)[0])
-    return json.loads((final / "chat.json").read_text())
+    return meta
 
 
 def _write(source: Source, job: _Job, workers: int, progress) -> dict:
@@ -256,7 +242,7 @@ def _write(source: Source, job: _Job, workers: int, progress) -> dict:
     if not len(hashes):
         raise UserError(f"data={source.name}: {_why_nothing(counts, job.renderer.settings)}")
     meta: dict = {"source": source.name, "dtype": str(job.dtype), "counts": dict(sorted(counts.items()))}
-    meta["smallest"], meta["largest"] = [int(h) for h in hashes[: corpus.SMALLEST]], int(hashes[-1])
+    meta["smallest"], meta["largest"] = [int(h) for h in hashes[:SMALLEST]], int(hashes[-1])
     meta["unit"] = math.gcd(*(int(part["unit"]) for part in read))
     meta["trained_tokens"] = sum(int(part["trained"]) for part in read)
     for side in SIDES:
@@ -265,11 +251,11 @@ def _write(source: Source, job: _Job, workers: int, progress) -> dict:
         if not len(lengths):
             continue
         for kind in ("ids", "weights"):
-            with corpus._durable(job.partial / f"{side}.{kind}") as file:
+            with durable(job.partial / f"{side}.{kind}") as file:
                 for number in range(parts):
                     with open(_stem(job.partial, number) + f".{side}.{kind}", "rb") as part:
                         shutil.copyfileobj(part, file, 1 << 24)
-        with corpus._durable(job.partial / f"{side}.starts.npy") as file:
+        with durable(job.partial / f"{side}.starts.npy") as file:
             np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     for path in job.partial.glob("part-*"):
         path.unlink()

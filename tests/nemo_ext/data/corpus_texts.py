@@ -76,6 +76,6 @@ def train_tokenizer(folder, family: str, vocab_size: int = 900):
     return folder
 
 
-def die(number, block):
+def die(job, task):
     """What a worker that the kernel kills does."""
     os._exit(9)

@@ -264,7 +264,7 @@ def test_two_builders_at_once(tmp_path, tokenizer_dir, jsonl):
 
 def test_a_worker_that_dies(tmp_path, tokenizer_dir, jsonl, monkeypatch):
     monkeypatch.setattr(corpus_module, "IN_PROCESS_BYTES", 0)
-    monkeypatch.setattr(corpus_module, "_encode_in_worker", die)
+    monkeypatch.setattr(corpus_module, "_encode_block", die)
     with pytest.raises(RunError, match="a process that tokenises was killed"):
         prepare(parse(str(jsonl)), tokenizer_dir, tmp_path / "cache", seq_length=64, workers=2)
 
