@@ -60,9 +60,7 @@ def cut(weights: Path, tp: int, gated: bool) -> None:
         elif key.endswith(INPUT_SPLIT):
             axis = tensor.dim() - 1
         stored = StoredTensor(tuple(tensor.shape), tensor.dtype)
-        for place in (
-            torch.cartesian_prod(*map(torch.arange, tensor.shape[:stacked])).view(-1, stacked).tolist() if stacked else [[]]
-        ):
+        for place in itertools.product(*map(range, tensor.shape[:stacked])):
             parts = [tensor[place]] if axis is None else tensor[place].tensor_split(pieces, axis - stacked)
             start = 0
             for part in parts:
