@@ -64,6 +64,7 @@ class Run:
             is_global_zero=True,
             num_sanity_val_steps=0,
             state=SimpleNamespace(fn=fn),
+            datamodule=SimpleNamespace(),
         )
         options = {"tensorboard": False, **options}
         self.callback = metrics.MetricsCallback(str(run_dir), TOKENS, 1e9, num_devices=2, max_steps=max_steps, **options)
@@ -161,6 +162,14 @@ def test_evaluating_alone_drops_nothing(tmp_path):
     first.train(1.0)
     Run(tmp_path, fn=TrainerFn.VALIDATING).validate(1.0)
     assert steps(tmp_path) == [1, 0]
+
+
+def test_validation_batches_count_by_their_tokens(tmp_path):
+    """Where the data module says what each batch weighs: (3 x 1.0 + 1 x 5.0) / 4."""
+    run = Run(tmp_path).start()
+    run.trainer.datamodule.val_weights = [3.0, 1.0]
+    run.validate(1.0, 5.0)
+    assert run_folder.read_records(tmp_path)[1][0]["val_loss"] == pytest.approx(2.0)
 
 
 def test_on_a_gpu_the_loss_is_read_a_step_later(tmp_path):
