@@ -236,16 +236,3 @@ def test_gguf(tmp_path, capsys):
     names = [GGUFReader(paths[name]).get_field("general.name").contents() for name in ("a.gguf", "b.gguf")]
     assert names == ["Hf", "nemo"]
     assert "not verified" in capsys.readouterr().out
-
-
-def test_a_name_in_hugging_faces_cache(tmp_path, llama):
-    """hf:NAME is the snapshot that the local cache's main branch points at; nothing is downloaded for another name."""
-    cached = tmp_path / "hub" / "models--someone--tiny"
-    shutil.copytree(llama, cached / "snapshots" / ("a" * 40))
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("a" * 40)
-    done = run("from=hf:someone/tiny", f"to=nemo:{tmp_path / 'nemo'}", "verify=false", HF_HUB_CACHE=str(tmp_path / "hub"))
-    assert done.returncode == 0, done
-    assert json.loads((tmp_path / "nemo" / "conversion.json").read_text())["hf_config"]["vocab_size"] == 250
-    done = run("from=hf:someone/else", f"to=nemo:{tmp_path / 'other'}", HF_HUB_CACHE=str(tmp_path / "hub"))
-    assert done.returncode == 2 and "neither a folder nor a model in Hugging Face's local cache" in done.stderr
