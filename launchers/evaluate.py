@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import importlib.metadata
 import importlib.util
 import logging
@@ -28,6 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nemo_ext.command_line import NO_DEFAULT, key, main
+from nemo_ext.disk import held
 from nemo_ext.errors import UserError
 from nemo_ext.evaluation import results, tasks
 from nemo_ext.evaluation.results import Result, Store
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 ABOUT = "Evaluates models on files of texts, questions and prompts, and writes one report."
 EXAMPLE = "python launchers/evaluate.py model=hf:FOLDER tasks=[ppl:notes.md,mcq:questions.csv] out=evaluation"
-LOCK = ".lock"
 EXPORTED = ".exported"
 REPLIES = "judge.jsonl"
 
@@ -97,7 +96,7 @@ class Candidate:
 def command(options: Options) -> None:
     """Run the tasks that are not finished, and write the report."""
     evaluation = Evaluation(options)
-    with _locked(evaluation.out), _quiet():
+    with held(evaluation.out), _quiet():
         evaluation.run()
 
 
@@ -416,22 +415,6 @@ def _candidate(text: str) -> Candidate:
     if not (folder / "config.json").is_file():
         raise UserError(f"model={text}: the folder has no config.json; a run of this project is nemo:{name}")
     return Candidate("", kind, folder, results.digest("hf", results.folder_digest(folder)))
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """The folder of the report, made, and held by one command at a time."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / LOCK, "w")
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out={out}: another command is running there") from None
-        yield
 
 
 @contextlib.contextmanager

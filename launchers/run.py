@@ -11,7 +11,6 @@ Exit codes: 0 complete, 1 the run failed, 2 bad input, 128 + signal when a signa
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import shutil
 import sys
@@ -27,11 +26,11 @@ import recipes
 from launchers import grammar
 from launchers.worker import JOB
 from nemo_ext.command_line import ending
+from nemo_ext.disk import LOCK, held
 from nemo_ext.errors import RunError, UserError, explain, free_bytes
 from recipes.keys import fields
 
 GIB = 2**30
-LOCK = ".lock"
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
     "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
@@ -337,16 +336,7 @@ def _absolute(keys: dict[str, Any]) -> dict[str, Any]:
 def _owned(run_dir: Path) -> Iterator[None]:
     """Hold the run's folder: two commands never write into one. A new one goes again if nothing came to lie in it."""
     new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK, "w")
-    except OSError as error:
-        raise UserError(f"out={run_dir} cannot be written: {error.strerror}{_unless(run_dir, error.filename)}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out={run_dir}: another command is running there") from None
+    with held(run_dir):
         try:
             yield
         finally:
@@ -354,10 +344,6 @@ def _owned(run_dir: Path) -> Iterator[None]:
                 (run_dir / LOCK).unlink()
                 for folder in new:
                     folder.rmdir()
-
-
-def _unless(known: Path, filename: str | None) -> str:
-    return "" if filename in (None, str(known)) else f": {filename}"
 
 
 def _check_same_run(run_dir: Path, recipe: str, keys: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from nemo_ext.errors import UserError
+
+LOCK = ".lock"  # in a folder that one command at a time writes
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -34,3 +41,21 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make `folder`, which `out=` names, and hold it: two commands never write into one. Raises UserError if it cannot be written
+    or another command holds it. The system lets go when the holder dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        what = "" if error.filename in (None, str(folder)) else f": {error.filename}"
+        raise UserError(f"out={folder} cannot be written: {error.strerror}{what}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"out={folder}: another command is running there") from None
+        yield
