@@ -10,6 +10,7 @@ A builder holds a lock on the key, so that of two the second waits and finds the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -18,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from nemo_ext.data import readers
 from nemo_ext.data.sources import Source
@@ -58,6 +59,31 @@ def built(
                 sync(cache)
         (cache / f"{key}.lock").unlink(missing_ok=True)
     return json.loads(done.read_text())
+
+
+class Prepared:
+    """What prepared documents and conversations share: dataclasses of `sources`, whose fields that are not given are sums over
+    them."""
+
+    source_type: ClassVar[type]
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if not each.init:
+                object.__setattr__(self, each.name, sum(getattr(source, each.name) for source in self.sources))
+
+    def blend(self) -> list[list]:
+        """[[weight, train prefix, held-out prefix or None], …], what the data modules take."""
+        return [[s.weight, s.train_prefix, s.heldout_prefix] for s in self.sources]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        values = json.loads(text)
+        values = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
+        return cls(**{**values, "sources": [cls.source_type(**s) for s in values["sources"]]})
 
 
 def content_of(source: Source, cache: Path) -> str:

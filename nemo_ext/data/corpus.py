@@ -22,11 +22,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from nemo_ext.data import readers
-from nemo_ext.data.cache import built, content_of, durable, writing
+from nemo_ext.data.cache import Prepared, built, content_of, durable, writing
 from nemo_ext.data.encoder import Encoder, IdsDiffer
 from nemo_ext.data.indexed import write_index
 from nemo_ext.data.readers import Block
@@ -57,8 +58,10 @@ class SourceCorpus:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Prepared):
     """All sources of a run, tokenised. Token counts include one end-of-document token a document."""
+
+    source_type: ClassVar[type] = SourceCorpus
 
     key: str
     sources: list[SourceCorpus]
@@ -71,23 +74,6 @@ class Corpus:
     heldout_tokens: int = field(init=False)
     train_documents: int = field(init=False)
     heldout_documents: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name in ("train_tokens", "heldout_tokens", "train_documents", "heldout_documents"):
-            object.__setattr__(self, name, sum(getattr(source, name) for source in self.sources))
-
-    def blend(self) -> list[list]:
-        """[[weight, train_prefix, heldout_prefix or None], …], what `CorpusDataModule` takes."""
-        return [[s.weight, s.train_prefix, s.heldout_prefix] for s in self.sources]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Corpus:
-        values = json.loads(text)
-        values = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
-        return cls(**{**values, "sources": [SourceCorpus(**s) for s in values["sources"]]})
 
 
 def prepare(

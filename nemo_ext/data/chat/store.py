@@ -21,11 +21,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from nemo_ext.data import readers
-from nemo_ext.data.cache import built, content_of, durable, writing
+from nemo_ext.data.cache import Prepared, built, content_of, durable, writing
 from nemo_ext.data.chat import records
 from nemo_ext.data.chat.formats import check_columns, parse
 from nemo_ext.data.chat.render import UNIT, Renderer, Settings
@@ -64,9 +65,11 @@ class ChatSource:
 
 
 @dataclass(frozen=True)
-class ChatCorpus:
+class ChatCorpus(Prepared):
     """All sources of a run. `template` is the chat template's text, to be saved beside the model; `unit` the greatest weight, in
     hundredths, that all weights are multiples of."""
+
+    source_type: ClassVar[type] = ChatSource
 
     key: str
     sources: list[ChatSource]
@@ -82,23 +85,6 @@ class ChatCorpus:
     train_documents: int = field(init=False)
     heldout_documents: int = field(init=False)
     trained_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name in ("train_tokens", "heldout_tokens", "train_documents", "heldout_documents", "trained_tokens"):
-            object.__setattr__(self, name, sum(getattr(source, name) for source in self.sources))
-
-    def blend(self) -> list[list]:
-        """[[weight or None, train prefix, held-out prefix or None], …], what `ChatDataModule` takes."""
-        return [[s.weight, s.train_prefix, s.heldout_prefix] for s in self.sources]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> ChatCorpus:
-        values = json.loads(text)
-        values = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
-        return cls(**{**values, "sources": [ChatSource(**s) for s in values["sources"]]})
 
     def report(self) -> list[str]:
         """One line a source for people: what was found, and what was left out."""
