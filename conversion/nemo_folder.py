@@ -101,10 +101,13 @@ def read_architecture(folder: Path) -> Architecture:
 def _described(folder: Path, description: Path) -> NemoCheckpoint:
     if not (folder / WEIGHTS / "metadata.json").is_file():
         raise UserError(f"{folder} is no NeMo checkpoint: it has no {WEIGHTS}/metadata.json")
-    tokenizer = description / TOKENIZER
+    tokenizer, file = description / TOKENIZER, description / RECORD
+    record = run_folder.read_json(file)
+    if record is None and file.exists():
+        raise UserError(f"{file} cannot be read: delete it to do without what it says of the original, or copy it again")
     return NemoCheckpoint(
         folder,
         read_architecture(description),
         tokenizer if tokenizer.is_dir() and any(tokenizer.iterdir()) else None,
-        run_folder.read_json(description / RECORD) or {},
+        record or {},
     )

@@ -22,10 +22,6 @@ FRAGMENTATION = 0.03  # of activations and logits: reserved by the allocator, no
 IMPORTED_PROCESS = 0.8 * GiB  # resident size of a CPU process that has imported NeMo
 HEAP = 0.30  # of all tensors on a CPU: pages that malloc keeps when they are freed, and the optimizer's temporaries
 
-# Modules that recompute=selective recomputes (`recompute_modules` in Megatron). Fused attention never stores the scores, so
-# "core_attn" saves nothing on a GPU, and the MLP holds two thirds of a layer's activations; on a CPU the scores are the bulk.
-RECOMPUTE_MODULES = {"gpu": ("mlp",), "cpu": ("core_attn",)}
-
 # Bytes per logit at the peak of the cross entropy, on a GPU in half precision. "native" is Megatron's compiled one: logits, their
 # fp32 copy, and one more fp32 tensor that its in-place updates seem to become under torch.compile (inferred from a measured peak,
 # not from a profile). "unfused" runs in place on one fp32 copy; "te" writes the gradient over the logits.

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from launchers.cost import step_seconds
-from launchers.memory import RECOMPUTE_MODULES, GiB, Layout, Memory, Request, estimate
+from launchers.memory import GiB, Layout, Memory, Request, estimate
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 
-__all__ = ["RECOMPUTE_MODULES", "GiB", "Layout", "Memory", "Plan", "Request", "estimate", "plan"]
+__all__ = ["GiB", "Layout", "Memory", "Plan", "Request", "estimate", "plan"]
 
 HEADROOM = 0.9  # a chosen layout fills at most this share of the memory where it can; one asked for may fill it all
 MICROBATCH_TOKENS = 8192  # a chosen micro batch grows up to this; longer ones only cost memory

@@ -342,6 +342,14 @@ def test_checked_before_it_appears(llama, tmp_path):
     assert json.loads((back / nemo_folder.RECORD).read_text())["verified"] == {"summary": "equal"}
 
 
+def test_an_unreadable_record_is_not_passed_over(llama, tmp_path):
+    nemo = Path(shutil.copytree(llama / "nemo", tmp_path / "nemo"))
+    (nemo / nemo_folder.RECORD).write_text("{")
+    with pytest.raises(UserError, match="conversion.json cannot be read"):
+        nemo_to_hf.export(nemo, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_no_nemo_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         nemo_to_hf.export(tmp_path / "nothing", tmp_path / "back")
