@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+import recipes
 from nemo_ext import command_line
 from nemo_ext.command_line import read_config, typed
 from nemo_ext.disk import write_atomic
@@ -86,7 +87,7 @@ def help_lines(recipe: str, defaults: dict[str, Any]) -> list[str]:
     lines = [
         f"python launchers/run.py recipe={recipe} key=value ...",
         "",
-        *command_line.key_lines(TrainKeys, defaults, recipe.split("_")[0]),
+        *command_line.key_lines(TrainKeys, defaults, recipes.method_of(recipe)),
     ]
     lines += ["", "launch"] + [f"  {name + '=':<23}{text}" for name, text in LAUNCH_KEYS.items() if name != "recipe"]
     lines += [

@@ -30,7 +30,7 @@ class Method:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     needs_weights: bool = False
     conversations: bool = False  # what it learns, rather than documents
-    adapter: bool = False  # what it trains, rather than all weights
+    adapter: str | None = None  # the kind of adapter that it trains, rather than all weights: nemo_ext.adapters.KINDS
 
 
 METHODS = {
@@ -48,7 +48,7 @@ METHODS = {
         {"lr": 2e-4, "weight_decay": 0.0},
         needs_weights=True,
         conversations=True,
-        adapter=True,
+        adapter="lora",
     ),
     "pretrain": Method("pre-train from random weights", tuple(FAMILIES), {"lr": 3e-4}),
 }
@@ -72,8 +72,13 @@ def split(name: str) -> tuple[Method, str]:
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
         raise UserError(f"recipe={name} is unknown, the nearest is {near[0]}; run without arguments to list all")
-    method, family = name.split("_", 1)
-    return METHODS[method], family
+    method = method_of(name)
+    return METHODS[method], name.removeprefix(f"{method}_")
+
+
+def method_of(name: str) -> str:
+    """The method's part of a recipe's name: `moe_dora` of `moe_dora_llama3`."""
+    return next(method for method in METHODS for family in METHODS[method].families if name == f"{method}_{family}")
 
 
 def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
         raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
     for key, field in fields().items():
         only = field.metadata["only"]
-        if only and name.split("_")[0] not in only and given.get(key) not in (None, field.default):
+        if only and method_of(name) not in only and given.get(key) not in (None, field.default):
             raise UserError(f"{key}= is for recipe={only[0]}_{family}, not for {name}")
     keys = {**{n: f.default for n, f in fields().items()}, **method.defaults}
     keys.update({k: v for k, v in given.items() if v is not None})

@@ -12,7 +12,7 @@ import nemo_run as run
 from nemo import lightning as nl
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-from nemo_ext.adapter_training import AdapterStrategy
+from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.data.module import CorpusDataModule

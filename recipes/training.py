@@ -16,7 +16,7 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_ext import adapters
-from nemo_ext.adapter_training import AdapterStrategy
+from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation

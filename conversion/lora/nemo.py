@@ -4,7 +4,7 @@ A NeMo adapter folder has `weights/`, a Megatron distributed checkpoint with the
 
 - `kind`: "canonical_lora", an adapter for each linear that Hugging Face has (`linear_qkv.adapter.adapter_q.linear_in.weight`),
   "lora", one for each of Megatron's fused linears (`linear_qkv.adapter.linear_in.weight`), or "dora", as "lora" with magnitudes;
-- `target_modules`, `dim`, `alpha`, `dropout`: the arguments of NeMo's transform (`nemo_ext.lora.transform`);
+- `target_modules`, `dim`, `alpha`, `dropout`: the arguments of NeMo's transform (`nemo_ext.adapters.transforms.transform`);
 - `base`, `architecture`: what it adapts; `peft_config`: PEFT's configuration;
 - `modules`: for each of PEFT's modules where it lies: the first rank component, the rank, and the factor in its B.
 
@@ -168,7 +168,7 @@ def load_megatron(adapter_dir: Path, model: nn.Module) -> nn.Module:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    from nemo_ext import lora as transforms
+    from nemo_ext.adapters import transforms
 
     weights, settings = find(Path(adapter_dir), None)
     reference = next(model.parameters())

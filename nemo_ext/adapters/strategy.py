@@ -20,13 +20,13 @@ from megatron.core import parallel_state
 from nemo.lightning import MegatronStrategy
 from torch import nn
 
-from nemo_ext import lora
+from nemo_ext.adapters import transforms
 
 
 class AdapterStrategy(MegatronStrategy):
     """`MegatronStrategy` that loads `base`, a converted checkpoint's folder, freezes it, and trains `adapter` in it.
 
-    `adapter` are the arguments of `nemo_ext.lora.transform`; `seed` draws A, the same at every layout, B is zero. Without `base`
+    `adapter` are the arguments of `transforms.transform`; `seed` draws A, the same at every layout, B is zero. Without `base`
     (None) the base is random. A checkpoint has the adapter's weights and optimizer states; `base` is read at every start.
     """
 
@@ -68,7 +68,7 @@ AdapterStrategy.__signature__ = _signature()
 
 def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> None:
     """Put a new adapter into a Megatron GPTModel, in place, and freeze everything else."""
-    lora.apply(lora.transform(settings), model)
+    transforms.apply(transforms.transform(settings), model)
     for layer in model.decoder.layers:
         for name, parameter in layer.named_parameters():
             if name.endswith("linear_in.weight"):

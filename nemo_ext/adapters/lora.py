@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from nemo.collections.llm import fn
 from nemo.collections.llm.gpt.model.gemma2 import TERowParallelLinearLayerNorm
-from nemo.collections.llm.peft import canonical_lora, dora, lora
+from nemo.collections.llm.peft import canonical_lora, lora
 from nemo.collections.llm.peft.canonical_lora import ModuleDict
 from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear, is_expert_linear
-from nemo.lightning.pytorch.callbacks.peft import PEFT, AdapterWrapper
+from nemo.lightning.pytorch.callbacks.peft import AdapterWrapper
 from torch import Tensor, nn
 
 # The parts of Megatron's fused linears, in their order: {linear: {part: CanonicalLoRA's target}}
@@ -91,51 +90,46 @@ class CanonicalLoRA(canonical_lora.CanonicalLoRA):
             return m
         pattern, full_name = found
         targets = self.canonical_mapping[pattern]
-        input_is_parallel, in_features, out_features, no_sequence_comm, is_parallel = get_adapter_attributes_from_linear(m)
-
-        def adapter(width: int, part: str) -> ParallelLinearAdapter:
-            return ParallelLinearAdapter(
-                in_features,
-                width,
-                self.dim,
-                base_linear_name=part,
-                activation="identity",
-                column_init_method=self.lora_A_init_method,
-                row_init_method=self.lora_B_init_method,
-                input_is_parallel=input_is_parallel,
-                dropout=self.dropout,
-                dropout_position=self.dropout_position,
-                model_parallel_config=m.config,
-                alpha=self.alpha,
-                is_expert=is_expert_linear(full_name),
-                disable_sequence_parallel_comm=no_sequence_comm,
-                base_linear_is_parallel=is_parallel,
-            )
-
         if name not in PARTS or pattern in targets:
-            return _put_right(LoRALinear(m, adapter(out_features, full_name)))
+            _, _, width, *_ = get_adapter_attributes_from_linear(m)
+            return _put_right(self.whole(m, self.adapter(m, width, full_name, full_name)))
         groups, shares = 1, [1, 1]
         if name == "linear_qkv":
             groups = m.config.num_query_groups
             shares = [m.config.num_attention_heads // groups, 1, 1]
-        widths = {part: out_features * share // sum(shares) for part, share in zip(PARTS[name], shares, strict=True)}
-        adapters = {part: adapter(widths[part], part) for part, target in PARTS[name].items() if target in targets}
-        return SplitLoRALinear(m, ModuleDict(adapters), widths, groups)
+        _, _, width, *_ = get_adapter_attributes_from_linear(m)
+        widths = {part: width * share // sum(shares) for part, share in zip(PARTS[name], shares, strict=True)}
+        adapters = {p: self.adapter(m, widths[p], p, full_name) for p, target in PARTS[name].items() if target in targets}
+        return self.split(m, ModuleDict(adapters), widths, groups)
 
+    def adapter(self, m: nn.Module, width: int, part: str, full_name: str) -> nn.Module:
+        """The adapter of `width` of m's output features; `part` names it for NeMo, which saves some by their names."""
+        input_is_parallel, in_features, _, no_sequence_comm, is_parallel = get_adapter_attributes_from_linear(m)
+        return ParallelLinearAdapter(
+            in_features,
+            width,
+            self.dim,
+            base_linear_name=part,
+            activation="identity",
+            column_init_method=self.lora_A_init_method,
+            row_init_method=self.lora_B_init_method,
+            input_is_parallel=input_is_parallel,
+            dropout=self.dropout,
+            dropout_position=self.dropout_position,
+            model_parallel_config=m.config,
+            alpha=self.alpha,
+            is_expert=is_expert_linear(full_name),
+            disable_sequence_parallel_comm=no_sequence_comm,
+            base_linear_is_parallel=is_parallel,
+        )
 
-def transform(settings: Mapping[str, Any]) -> PEFT:
-    """The transform that an adapter was made for: `settings` has kind, target_modules, dim and alpha."""
-    kinds = {"lora": LoRA, "canonical_lora": CanonicalLoRA, "dora": dora.DoRA}
-    return kinds[settings["kind"]](
-        target_modules=list(settings["target_modules"]), dim=settings["dim"], alpha=settings["alpha"], dropout=settings["dropout"]
-    )
+    def whole(self, m: nn.Module, adapter: nn.Module) -> nn.Module:
+        """The linear with one adapter for all of its output."""
+        return LoRALinear(m, adapter)
 
-
-def apply(peft: PEFT, model: nn.Module) -> nn.Module:
-    """Put the adapters into Megatron's model, in place, and freeze everything else."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return fn.walk(model, peft.transform)
+    def split(self, m: nn.Module, adapters: ModuleDict, widths: Mapping[str, int], groups: int) -> nn.Module:
+        """The fused linear with an adapter for some or all of its parts."""
+        return SplitLoRALinear(m, adapters, widths, groups)
 
 
 def _put_right(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a LoRA adapter adapts, in Hugging Face's names and NeMo's. Imports neither torch nor NeMo."""
+"""What an adapter adapts, in Hugging Face's names and NeMo's. Imports neither torch nor NeMo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 
-# Hugging Face's linears of a layer: the target of nemo_ext.lora.CanonicalLoRA
+# Hugging Face's linears of a layer: the target of nemo_ext.adapters.lora.CanonicalLoRA
 ATTENTION = {"q_proj": "linear_q", "k_proj": "linear_k", "v_proj": "linear_v", "o_proj": "linear_proj"}
 GATED_MLP = {"gate_proj": "linear_fc1_gate", "up_proj": "linear_fc1_up", "down_proj": "linear_fc2"}
 LINEARS = {
@@ -68,7 +68,7 @@ def num_parameters(architecture: Architecture, names: list[str], rank: int) -> i
 
 
 def transform_settings(architecture: Architecture, keys: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's keys as the arguments of `nemo_ext.lora.transform`.
+    """A recipe's keys as the arguments of `nemo_ext.adapters.transforms.transform`.
 
     NeMo multiplies B A by alpha / dim: rank-stabilised LoRA's alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732) takes an
     alpha that is sqrt(rank) times larger.
