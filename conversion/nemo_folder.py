@@ -2,7 +2,8 @@
 
 `architecture.json` is the shape (`Architecture.to_dict()`), `tokenizer/` the tokenizer with chat template and
 generation_config.json, `conversion.json` where the weights came from: source, hash, the original config.json. A converted
-folder holds them beside its `weights/`; a run's folder holds them once, under `model/`, for all its checkpoints.
+folder holds them beside its `weights/`; a run's folder holds them once, under `model/`, for all its checkpoints. A checkpoint
+that NeMo 2 itself wrote has `context/` instead (`conversion/nemo_context.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conversion import nemo_context
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
@@ -44,7 +46,7 @@ class NemoCheckpoint:
 
 
 def find(path: str | Path, adapter: bool = False) -> NemoCheckpoint:
-    """The checkpoint at `path`: a converted folder, a run's folder (its newest checkpoint), or one checkpoint of a run.
+    """The checkpoint at `path`: a converted folder, a run (its newest checkpoint), one checkpoint of a run, or one of NeMo's own.
 
     Raises UserError for anything else, for an adapter unless it is to be one, and where a description cannot be read.
     """
@@ -91,7 +93,7 @@ def read_architecture(folder: Path) -> Architecture:
     """The `architecture.json` in `folder`; UserError if it is missing or not one."""
     file = Path(folder) / ARCHITECTURE
     if not file.is_file():
-        raise UserError(f"{folder} is no NeMo checkpoint of this project: it has no {ARCHITECTURE}")
+        raise UserError(f"{folder} says nowhere which model it is: it has neither {ARCHITECTURE} nor {nemo_context.MODEL}")
     try:
         return Architecture(**json.loads(file.read_text()))
     except (ValueError, TypeError, OSError) as error:
@@ -101,13 +103,15 @@ def read_architecture(folder: Path) -> Architecture:
 def _described(folder: Path, description: Path) -> NemoCheckpoint:
     if not (folder / WEIGHTS / "metadata.json").is_file():
         raise UserError(f"{folder} is no NeMo checkpoint: it has no {WEIGHTS}/metadata.json")
-    tokenizer, file = description / TOKENIZER, description / RECORD
+    own = (description / ARCHITECTURE).is_file() or not (description / nemo_context.MODEL).is_file()
+    read, tokens = (read_architecture, TOKENIZER) if own else (nemo_context.read_architecture, nemo_context.TOKENIZER)
+    tokenizer, file = description / tokens, description / RECORD
     record = run_folder.read_json(file)
     if record is None and file.exists():
         raise UserError(f"{file} cannot be read: delete it to do without what it says of the original, or copy it again")
     return NemoCheckpoint(
         folder,
-        read_architecture(description),
+        read(description),
         tokenizer if tokenizer.is_dir() and any(tokenizer.iterdir()) else None,
         record or {},
     )

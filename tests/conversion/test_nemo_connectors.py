@@ -1,5 +1,7 @@
 """NeMo's own importer and exporter, where they work, are a reference: the same tensors from theirs and from ours."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from conversion import hf_to_nemo, nemo_to_hf, safetensors_io
+from nemo_ext.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["llama", "qwen2"]
@@ -74,6 +77,46 @@ def test_export(folder, name):
         rows = len(tensor)  # NeMo's exporter crops the embeddings to the tokenizer's vocabulary
         assert rows == len(ours[key]) or "embed" in key or "lm_head" in key
         assert torch.equal(tensor, ours[key][:rows].to(tensor.dtype)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_of_what_nemo_wrote(folder, name, tmp_path):
+    """A checkpoint with NeMo's context/ says itself which model it is."""
+    nemo_to_hf.export(folder / name / "theirs", tmp_path / "hf")
+    theirs, ours = (
+        {key: info.read() for key, info in safetensors_io.open_folder(each).items()}
+        for each in (tmp_path / "hf", folder / name / "ours-hf")
+    )
+    untied(theirs, ours, "lm_head.weight", "model.embed_tokens.weight")
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(tensor, ours[key]), key
+    configs = [json.loads((each / "config.json").read_text()) for each in (tmp_path / "hf", folder / name / "hf")]
+    same = "model_type hidden_size num_hidden_layers num_key_value_heads vocab_size rope_theta".split()
+    assert [configs[0][key] for key in same] == [configs[1][key] for key in same]
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("model.llama.LlamaModel", "model.gemma.GemmaModel"), "does not convert; known: llama"),
+        (("normalization: RMSNorm", "normalization: LayerNorm"), "normalization=LayerNorm"),
+        (("window_size: null", "window_size: [7, 0]"), "window_size"),
+        (("  hidden_size: ", "  width: "), "lacks hidden_size"),
+        (("_target_: ", "{"), "cannot be read"),
+    ],
+)
+def test_context_that_does_not_fit(folder, tmp_path, change, said):
+    copy = tmp_path / "nemo"
+    shutil.copytree(folder / "llama" / "theirs", copy)
+    file = copy / "context" / "model.yaml"
+    text = file.read_text()
+    old, new = change
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        nemo_to_hf.export(copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def untied(theirs: dict, ours: dict, output: str, embedding: str) -> None:
