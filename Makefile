@@ -1,5 +1,6 @@
 # make demo   the main job: continue pre-training SmolLM2-135M on this machine's Python documentation
 # make demo-sft   tune it on questions and answers made from that documentation
+# make demo-grpo  let it learn sums from rewards of its own answers
 # make test   the tests
 # All set up .venv first, once; `make setup` does only that.
 
@@ -8,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(shell cat requirements/*.txt | cksum | cut -d' ' -f1)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo demo-sft test lint clean
+.PHONY: setup demo demo-sft demo-grpo test lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,9 @@ demo: setup
 
 demo-sft: setup
 	$(VENV)/bin/python launchers/run.py recipe=sft_llama3 gpus=2 steps=16 lr=1e-4 export=hf out=runs/demo-sft
+
+demo-grpo: setup
+	$(VENV)/bin/python launchers/run.py recipe=grpo_llama3 out=runs/demo-grpo
 
 test: setup
 	$(VENV)/bin/python -m pytest

@@ -7,6 +7,9 @@ recipe out. TFLOP/s a GPU are by `Architecture.flops_per_token` (causal attentio
 trains on the Python documentation, evaluates before and after, and writes its metrics; stock trains on mock tokens. Seconds to
 the first step count from the command. Memory is the largest of all ranks in GiB: allocated and reserved by torch's allocator,
 and, for ours, what else of the device is in use.
+
+Adapters (`lora`, `qlora`) train in a random base on conversations as long as the sequence (packed: an eighth), and not in stock;
+two operations a token and frozen weight are not counted, since it has no gradient.
 """
 
 from __future__ import annotations
@@ -25,29 +28,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nemo_ext import run_folder  # noqa: E402
+from nemo_ext import adapters, run_folder  # noqa: E402
+from recipes.keys import fields  # noqa: E402
 from recipes.models import size  # noqa: E402
 
 GIB = 2**30
 STOCK = {"1b": "llama32_1b", "8b": "llama31_8b"}
 _1B = dict(size="1b", gpus=1, tp=1, pp=1, seq=8192, micro_batch=1, global_batch=8)
-_8B = dict(size="8b", gpus=2, tp=2, pp=1, seq=8192, micro_batch=1, global_batch=16)
+_8B = dict(size="8b", gpus=2, tp=2, pp=1, seq=8192, micro_batch=1, global_batch=16, lr=3e-5)
+_LORA = dict(recipe="lora_llama3", size="8b", gpus=1, tp=1, pp=1, seq=4096, micro_batch=2, global_batch=32, pack="false")
+_QLORA = dict(_LORA, recipe="qlora_llama3", precision="bf16")
 CASES = {
     "1b-bf16": dict(_1B, precision="bf16"),
     "1b-fp8": dict(_1B, precision="fp8"),
     "8b-tp2-bf16": dict(_8B, precision="bf16"),
     "8b-tp2-fp8": dict(_8B, precision="fp8"),
+    "8b-pp2-bf16": dict(_8B, tp=1, pp=2, vp=1, precision="bf16"),
     "8b-pp2-vp2-bf16": dict(_8B, tp=1, pp=2, vp=2, precision="bf16"),
     "8b-pp2-vp2-fp8": dict(_8B, tp=1, pp=2, vp=2, precision="fp8"),
+    "8b-lora-bf16": dict(_LORA, precision="bf16"),
+    "8b-lora-fp8": dict(_LORA, precision="fp8"),
+    "8b-lora-packed-bf16": dict(_LORA, seq=8192, micro_batch=1, global_batch=16, pack="true", precision="bf16"),
+    "8b-qlora": _QLORA,
+    "8b-qlora-48gib": dict(_QLORA, micro_batch=1, gpu_memory=48),
+    "8b-qlora-24gib": dict(_QLORA, micro_batch=1, gpu_memory=24),
 }
 
 
 def ours(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     """Run the recipe through the launcher; its own metrics are the figures."""
-    keys = [f"{k}={v}" for k, v in case.items()]
-    out = folder / "ours"
-    command = [sys.executable, str(ROOT / "launchers/run.py"), "recipe=pretrain_llama3", *keys, f"steps={steps}", "keep=0",
-               f"val_every={steps}", "val_batches=1", "tensorboard=false", f"tokenizer={tokenizer}", f"out={out}"]  # fmt: skip
+    keys = [f"{k}={v}" for k, v in {"recipe": "pretrain_llama3", **case}.items()]
+    out, program = folder / "ours", "launchers/run.py"
+    if "recipe" in case:
+        program = "benchmarks/random_base.py"
+        chats = _conversations(folder / "chat.jsonl", case["seq"] // (8 if case["pack"] == "true" else 1), tokenizer)
+        keys += [f"data={chats}", "preview=0", "template=chatml"]
+    command = [sys.executable, str(ROOT / program), *keys, f"steps={steps}", "keep=0", f"val_every={steps}", "val_batches=1",
+               "tensorboard=false", f"tokenizer={tokenizer}", f"out={out}"]  # fmt: skip
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -86,13 +103,37 @@ def stock(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     return {**result, "first_step_seconds": result.pop("first_step_at") - started}
 
 
+def _conversations(file: Path, seq: int, tokenizer: str) -> Path:
+    """Questions and answers about the standard library in conversations that fill almost `seq` tokens each."""
+    from tokenizers import Tokenizer
+
+    from nemo_ext.data.stdlib_docs import questions
+
+    encoder, turn = Tokenizer.from_file(f"{tokenizer}/tokenizer.json"), 5  # tokens that the template puts around a message
+    messages: list[dict] = []
+    held = 0
+    with open(file, "w") as output:
+        for record in questions():
+            count = sum(len(encoder.encode(message["content"])) + turn for message in record["messages"])
+            if held + count > seq - 64:
+                output.write(json.dumps({"messages": messages}) + "\n")
+                messages, held = [], 0
+            messages += record["messages"]
+            held += count
+    return file
+
+
 def figures(result: dict, case: dict, warm: int) -> dict:
     """Step time, tokens/s a GPU and TFLOP/s a GPU of one run."""
     if "error" in result:
         return result
     seconds = statistics.median(result["step_times"][warm:])
     tokens = case["global_batch"] * case["seq"] / seconds / case["gpus"]
-    flops = size("llama3", case["size"]).architecture.flops_per_token(case["seq"])
+    shape, adapter = size("llama3", case["size"]).architecture, None
+    if "recipe" in case:
+        names = adapters.targets(shape.family, "all-linear")
+        adapter = adapters.num_parameters(shape, names, fields()["rank"].default)
+    flops = shape.flops_per_token(case["seq"], adapter)
     return {**result, "step_seconds": seconds, "tokens_per_s_per_gpu": tokens, "tflops_per_gpu": tokens * flops / 1e12}
 
 
@@ -105,7 +146,7 @@ def main(arguments: list[str]) -> None:
         row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": _gpu()}
         row["versions"] = _versions()
         with tempfile.TemporaryDirectory() as folder:
-            for side in (ours, stock) if options["stock"] == "true" else (ours,):
+            for side in (ours, stock) if options["stock"] == "true" and "recipe" not in case else (ours,):
                 row[side.__name__] = figures(side(case, steps, options["tokenizer"], Path(folder)), case, warm)
                 print(name, side.__name__, json.dumps(_short(row[side.__name__])), flush=True)
                 _save(out, name, row)

@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 
 import recipes
 from nemo_ext import command_line
-from nemo_ext.command_line import read_config, typed
+from nemo_ext.command_line import keys_of, read_config, typed
 from nemo_ext.disk import write_atomic
 from nemo_ext.errors import UserError
-from recipes.keys import TrainKeys, fields, key_of_path
+from recipes.grpo import GrpoKeys
 
-__all__ = ["Command", "help_lines", "nearest", "parse", "read_config", "save"]
+__all__ = ["Command", "help_lines", "parse", "read_config", "save"]
 
 LAUNCH_KEYS = {
     "recipe": "what to train: METHOD_FAMILY",
@@ -30,6 +30,7 @@ LAUNCH_KEYS = {
     "executor": "where to run: local",
 }
 PATH_ROOTS = ("model", "data", "trainer", "optim", "resume", "log")
+GRPO_ROOTS = ("nemo_rl",)
 
 
 @dataclass
@@ -54,6 +55,9 @@ def parse(arguments: list[str]) -> Command:
 
 
 def _take(command: Command, settings: dict[str, Any]) -> None:
+    schema = recipes.schema(settings.get("recipe"))
+    fields, paths = keys_of(schema), _paths(schema)
+    roots = GRPO_ROOTS if schema is GrpoKeys else PATH_ROOTS
     for name, value in settings.items():
         if name in ("plan", "debug"):
             if not isinstance(value, bool):
@@ -61,25 +65,23 @@ def _take(command: Command, settings: dict[str, Any]) -> None:
             setattr(command, name, value)
         elif name in ("recipe", "executor"):
             setattr(command, name, str(value))
-        elif name in fields():
-            command.keys[name] = typed(name, value, fields()[name])
-        elif (short := key_of_path(name)) is not None:
+        elif name in fields:
+            command.keys[name] = typed(name, value, fields[name])
+        elif (short := paths.get(name)) is not None:
             if short in settings:
                 raise UserError(f"{name} and {short} are one key: give one of them")
-            command.keys[short] = typed(short, value, fields()[short])
-        elif name.split(".")[0] in PATH_ROOTS and "." in name:
+            command.keys[short] = typed(short, value, fields[short])
+        elif name.split(".")[0] in roots and "." in name:
             command.overrides[name] = value
         else:
-            raise UserError(f"unknown key {name}{nearest(name)}")
+            raise UserError(f"unknown key {name}{command_line.nearest(name, [*fields, *LAUNCH_KEYS, *paths])}")
     if command.executor != "local":
         raise UserError(f"executor={command.executor} is unknown: local")
 
 
-def nearest(name: str) -> str:
-    """`, did you mean lr?`, or where the keys are listed if none is near."""
-    return command_line.nearest(
-        name, [*fields(), *LAUNCH_KEYS, *(f.metadata["path"] for f in fields().values() if f.metadata["path"])]
-    )
+def _paths(schema: type) -> dict[str, str]:
+    """The short name of each field of a recipe that has one: `trainer.max_steps` is `steps`."""
+    return {field.metadata["path"]: name for name, field in keys_of(schema).items() if field.metadata["path"]}
 
 
 def help_lines(recipe: str, defaults: dict[str, Any]) -> list[str]:
@@ -87,17 +89,19 @@ def help_lines(recipe: str, defaults: dict[str, Any]) -> list[str]:
     lines = [
         f"python launchers/run.py recipe={recipe} key=value ...",
         "",
-        *command_line.key_lines(TrainKeys, defaults, recipes.method_of(recipe)),
+        *command_line.key_lines(recipes.schema(recipe), defaults, recipes.method_of(recipe)),
     ]
     lines += ["", "launch"] + [f"  {name + '=':<23}{text}" for name, text in LAUNCH_KEYS.items() if name != "recipe"]
-    lines += [
-        "",
-        "Any other field of the recipe is a path: trainer.strategy.ckpt_parallel_save=false, model.config.hidden_dropout=0.1",
-    ]
-    return lines
+    if recipes.schema(recipe) is GrpoKeys:
+        paths = "With engine=nemo_rl any field of its configuration is a path: nemo_rl.grpo.val_at_start=false"
+    else:
+        paths = (
+            "Any other field of the recipe is a path: trainer.strategy.ckpt_parallel_save=false, model.config.hidden_dropout=0.1"
+        )
+    return [*lines, "", paths]
 
 
 def save(file: Path, recipe: str, keys: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Write a run's resolved configuration, in the schema's order; `config=` takes it back."""
-    ordered = {"recipe": recipe, **{f.name: keys[f.name] for f in dataclasses.fields(TrainKeys)}, **overrides}
+    ordered = {"recipe": recipe, **{f.name: keys[f.name] for f in dataclasses.fields(recipes.schema(recipe))}, **overrides}
     write_atomic(file, OmegaConf.to_yaml(OmegaConf.create({"settings": ordered}).settings))

@@ -51,6 +51,8 @@ class Request:
     grad_bytes: int = 4  # per element of the main gradient buffer
     optimizer_bytes: int | None = None  # per trainable parameter; None: 12 (fp32 master and two moments), 8 for fp32 weights
     trainable: float = 1.0  # fraction of the parameters that have gradients and optimizer states (adapters: far below 1)
+    nf4: bool = False  # the frozen weights of the layers' linears are in 4 bits (`nemo_ext.adapters.nf4`)
+    double_quant: bool = True  # and the magnitudes of their blocks in 8
     fp8_params: bool = False  # the parameters themselves are FP8 (`fp8_param_gather`): no bf16 copy beside the FP8 ones
     cross_entropy: str = "native"  # "native", "te" or "unfused"
     interconnect: str = "nvlink"  # between the GPUs of a node: "nvlink" or "pcie"
@@ -98,6 +100,14 @@ class Memory:
 def element_bytes(precision: str) -> int:
     """Bytes of a parameter and of an activation between modules."""
     return 4 if precision == "fp32" else 2
+
+
+def nf4_bytes(double_quant: bool, tp: int) -> float:
+    """Bytes of an element in NF4: 4 bits, and for each 64 elements a magnitude, fp32 or of 8 bits with a scale for each 256.
+
+    Tensor ranks round their magnitudes together, and keep their values in fp32.
+    """
+    return 0.5 + ((1 + 4 / 256) / 64 if double_quant and tp == 1 else 4 / 64)
 
 
 def expert_parameters(architecture: Architecture, layout: Layout) -> float:
@@ -161,12 +171,13 @@ def saved_per_token(architecture: Architecture, request: Request, layout: Layout
         return e * h / shard  # the layer's input
     if request.device == "cpu":
         return _saved_per_token_cpu(a, request.seq, e, tp, shard, selective=recompute == "selective")
-    linear = 1 if request.precision == "fp8" else e  # a linear layer keeps its input in the precision of its product
+    fp8 = request.precision == "fp8"
+    linear = 1 if fp8 and request.trainable == 1 else e  # a linear layer keeps its input in the precision of its product
     shared = 1 if a.parallel_residual else 2  # norms before linear layers
     norms = shared * (e + linear) * h / shard  # a norm keeps its input; the linear layer after it, the norm's output
     attention = (e * (2 * width + 2 * kv) + 4 * a.num_attention_heads) / tp  # q, k, v after RoPE, output; fp32 log-sum-exp
-    if linear != e:
-        attention += linear * width / tp  # the output projection's own copy of its input
+    if fp8:
+        attention += width / tp  # the output projection's own copy of its input
     if a.qk_layernorm or a.qk_layernorm_per_head:
         attention += e * (width + kv) / tp
     if a.attn_logit_softcapping is not None:  # unfused: the capped scores, their softmax in fp32 and in this precision
@@ -242,6 +253,8 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     linear, others = stage_parameters(architecture, layout, stage)
     parameters = linear + others
     weights = e * parameters
+    if request.nf4:
+        weights = nf4_bytes(request.double_quant, layout.tp) * linear + e * others
     if request.precision == "fp8" and not request.fp8_params:
         weights += 2 * linear  # FP8 copies, as they are and transposed, kept over the microbatches of a step
     adapter = parameters * request.trainable if request.trainable < 1 else 0.0
@@ -259,6 +272,10 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     working = tokens * working_per_token(architecture, request, layout)
     if layout.recompute != "none":  # one layer's activations come back while its gradient is computed
         working += tokens * max(0.0, saved_per_token(architecture, request, layout, "none") - kept)
+    if request.nf4:  # the largest weight of a layer, while it is multiplied by
+        halves = 2 if architecture.gated_linear_unit else 1
+        widest = max(halves * architecture.ffn_hidden_size, architecture.attention_width + 2 * architecture.kv_width)
+        working += e * widest * architecture.hidden_size / layout.tp
     logits = 0.0
     if stage == layout.pp - 1:
         shard = layout.tp if layout.sequence_parallel else 1
@@ -266,6 +283,8 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
         logits = logits_memory(architecture, request, layout)
     # A layer's backward pass comes after the logits are gone: only the larger of the two counts.
     activations = saved + max(0.0, working - logits)
+    if request.nf4:  # seen on a GPU as if there were a second copy, not explained (docs/plan.md, Error)
+        activations += 0.5 * linear
 
     if request.device == "cpu":
         # A checkpoint is gathered and copied before it is written, when the activations are gone.

@@ -64,7 +64,7 @@ def as_hf(checkpoint: Checkpoint) -> Path:
         return checkpoint.path
     from conversion.gguf import to_hf
 
-    folder = cache_folder() / "hf" / f"{checkpoint.path.stem}-{_fingerprint([checkpoint.path])}"
+    folder = cache_folder() / "hf" / f"{checkpoint.path.stem}-{fingerprint([checkpoint.path])}"
     if not folder.is_dir():
         with bar(f"reading {checkpoint.path.name}") as progress:
             to_hf(checkpoint.path, folder, progress=progress)
@@ -117,10 +117,12 @@ def describe(
     checkpoint: Checkpoint | None,
     template: str | None = None,
     adapter: dict[str, Any] | None = None,
+    kind: str = "lora",
 ) -> None:
     """Put into a run's folder which model its checkpoints are of, so that they convert and start other runs on their own.
 
-    `template` is the chat template that the run trains with; `adapter` are the keys of a run that trains an adapter of the model.
+    `template` is the chat template that the run trains with; `adapter` are the keys of a run that trains an adapter of the model,
+    and `kind` is its method's.
     """
     from conversion.atomic import new_folder
 
@@ -137,7 +139,8 @@ def describe(
             from conversion.lora import nemo as lora
 
             dtype = "float32" if adapter["precision"] == "fp32" else "float16" if adapter["precision"] == "fp16" else "bfloat16"
-            settings = lora.describe(architecture, adapter, adapter_base(checkpoint), dtype, _prefix(checkpoint, architecture))
+            prefix = _prefix(checkpoint, architecture)
+            settings = lora.describe(architecture, adapter, adapter_base(checkpoint), dtype, prefix, kind)
             run_folder.write_json(partial / lora.SETTINGS, settings)
 
 
@@ -161,7 +164,7 @@ def _prefix(checkpoint: Checkpoint, architecture: Architecture) -> str:
 def _converted(source: Path) -> Path:
     """Where the converted weights of a Hugging Face folder lie, or will."""
     files = [file for file in (*sorted(source.glob("*.safetensors*")), source / "config.json") if file.is_file()]
-    return cache_folder() / "nemo" / f"{source.name}-{_fingerprint(files)}"
+    return cache_folder() / "nemo" / f"{source.name}-{fingerprint(files)}"
 
 
 def check_tokenizer(folder: Path, architecture: Architecture) -> None:
@@ -255,7 +258,7 @@ def _cores() -> int:
     return detect().cpu_count
 
 
-def _fingerprint(files: list[Path]) -> str:
+def fingerprint(files: list[Path]) -> str:
     """Twelve hexadecimal digits of names, sizes and modification times: a changed file is converted again."""
     text = "\n".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

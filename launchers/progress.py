@@ -51,7 +51,7 @@ class _Run:
         self.run_dir = run_dir
         self.phase, self.message, self.max_steps = "starting", "", 0
         self.record: dict[str, Any] = {}
-        self.val_loss: float | None = None
+        self.held_out: float | None = None  # the latest held-out loss or reward
         self._stale = run_folder.read_status(run_dir)  # of an earlier start
         self._started: float | None = None
         self._step_times: list[float] = []
@@ -71,8 +71,8 @@ class _Run:
             return []
         records = [record for record in self._tail.read() if record.get("time", 0) >= self._started]
         for record in records:
-            if "val_loss" in record:
-                self.val_loss = record["val_loss"]
+            if run_folder.is_validation(record):
+                self.held_out = record.get("val_loss", record.get("val_reward"))
             else:
                 self.record = record
                 self._step_times = [*self._step_times, record.get("step_time") or 0.0][-20:]
@@ -90,18 +90,27 @@ class _Run:
         return (self.max_steps - self.step) * statistics.median(self._step_times)
 
     def figures(self, narrow: bool = False) -> str:
-        """Loss, speed and time left in one line; what is not known yet is left out, the held-out loss also when `narrow`."""
+        """Loss or reward, speed and time left in one line; what is not known yet is left out, the held-out figure also when
+        `narrow`."""
         parts = []
         if self.record:
-            parts.append(f"loss {_figure(self.record.get('loss'), '.4f')}")
-        if self.val_loss is not None and not (narrow and self.record):
-            parts.append(f"held-out {self.val_loss:.4f}")
+            parts += _what_it_learns(self.record)
+        if self.held_out is not None and not (narrow and self.record):
+            parts.append(f"held-out {self.held_out:.4f}")
         if self.record:
             parts.append(f"{_figure(self.record.get('tokens_per_s'), ',.0f')} tokens/s")
-            parts.append(flops_text(self.record.get("tflops") or 0.0))
+            if "tflops" in self.record or "reward" not in self.record:
+                parts.append(flops_text(self.record.get("tflops") or 0.0))
         if self.eta is not None:
             parts.append(f"ETA {duration(self.eta)}")
         return "  ".join(parts)
+
+
+def _what_it_learns(record: dict[str, Any]) -> list[str]:
+    """The loss, or where a run learns from rewards, reward and length of its answers."""
+    if "reward" not in record:
+        return [f"loss {_figure(record.get('loss'), '.4f')}"]
+    return [f"reward {_figure(record['reward'], '.3f')}", f"{_figure(record.get('length'), '.1f')} tokens an answer"]
 
 
 def _figure(value: float | None, pattern: str) -> str:
@@ -155,11 +164,13 @@ class _LineView:
 
     def show(self, run: _Run, records: list[dict]) -> None:
         for record in records:
-            if "val_loss" in record:
+            if "val_reward" in record:
+                self._line(f"held-out reward {_figure(record['val_reward'], '.4f')} at step {record['step']}")
+            elif "val_loss" in record:
                 ppl = _figure(record.get("val_ppl"), ",.2f")
                 self._line(f"held-out loss {_figure(record['val_loss'], '.4f')}, perplexity {ppl} at step {record['step']}")
         self._show_phase(run)
-        if any("val_loss" not in record for record in records) and self._due(run):
+        if any(not run_folder.is_validation(record) for record in records) and self._due(run):
             self._line(f"step {run.step}/{run.max_steps}  {run.figures()}")
             self._last_line = time.monotonic()
 

@@ -14,8 +14,6 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import recipes
-from launchers import grammar
+from launchers import folder, grammar, inputs
 from launchers.worker import JOB
 from nemo_ext.command_line import ending
-from nemo_ext.disk import LOCK, held
-from nemo_ext.errors import RunError, UserError, explain, free_bytes
+from nemo_ext.errors import RunError, UserError, explain
+from recipes.grpo import GrpoKeys
 from recipes.keys import fields
 
 GIB = 2**30
@@ -49,6 +47,10 @@ def main(arguments: list[str]) -> int:
         elif command.help:
             method, _ = recipes.split(command.recipe)
             print("\n".join(grammar.help_lines(command.recipe, method.defaults)))
+        elif recipes.schema(command.recipe) is GrpoKeys:
+            from launchers import grpo
+
+            end.code = grpo.start(command)
         else:
             end.code = start(command)
     return end.code
@@ -74,16 +76,16 @@ def start(command: grammar.Command) -> int:
     keys = recipes.resolve(command.recipe, command.keys, cuda=machine.cuda)
     keys["gpus"] = keys["gpus"] or max(1, len(machine.gpus))
     if command.plan:
-        _, architecture = _starting_point(command.recipe, method, family, keys, planning=True)
+        _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
         share = _trained(method, keys, architecture) / architecture.num_parameters()
-        print("\n".join(plan.plan(architecture, _request(keys, machine, share)).lines()))
+        print("\n".join(plan.plan(architecture, _request(keys, machine, share, method.nf4)).lines()))
         return 0
     _check_machine(keys, machine)
-    keys = _absolute(keys)
+    keys = inputs.absolute(keys, ("model", "tokenizer"))
     run_dir = Path(keys["out"])
-    with _owned(run_dir):
-        _check_same_run(run_dir, command.recipe, {k: v for k, v in keys.items() if v is not None}, command.overrides)
-        if (summary := _complete(run_dir)) is not None:
+    with folder.owned(run_dir):
+        _check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
+        if (summary := folder.complete(run_dir)) is not None:
             _export(run_dir, keys, method.adapter)
             return _done(f"{run_dir} is complete at step {summary['steps']}", summary)
         return _run(command, keys, machine, run_dir)
@@ -95,11 +97,11 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
     from nemo_ext import report, run_folder
 
     method, family = recipes.split(command.recipe)
-    checkpoint, architecture = _starting_point(command.recipe, method, family, keys, planning=False)
+    checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
     if method.adapter and keys["export"] == "hf" and checkpoint.kind == "nemo":
         raise UserError(f"export=hf merges the adapter into a Hugging Face model, and model={keys['model']} is none: export=lora")
     trained = _trained(method, keys, architecture)
-    planned = plan.plan(architecture, _request(keys, machine, trained / architecture.num_parameters()))
+    planned = plan.plan(architecture, _request(keys, machine, trained / architecture.num_parameters(), method.nf4))
     keys = {**keys, **_planned_keys(planned)}
     recipes.check_layout(command.recipe, keys)
     if command.overrides:
@@ -110,14 +112,15 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
     rows = keys["epochs"] * prepare.rows_per_epoch(text, keys)
     keys["steps"] = keys["steps"] or max(1, int(rows // keys["global_batch"]))
     keys = recipes.finish(keys)
-    _check_same_run(run_dir, command.recipe, keys, command.overrides)
-    found = _usable_checkpoint(run_dir)
+    _check_same_run(run_dir, command, keys)
+    found = folder.usable_checkpoint(run_dir)
     started_at = found[0] if found else 0
     if started_at < keys["steps"]:
-        _check_disk(run_dir, trained, keys)
+        folder.check_disk(run_dir, trained * (12 if keys["precision"] == "fp32" else 14), keys)
         weights = prepare.weights(checkpoint) if checkpoint and (method.adapter or not found) else None
         adapter = keys if method.adapter else None
-        prepare.describe(run_dir, architecture, tokenizer, checkpoint, getattr(text, "template", None), adapter)
+        template = getattr(text, "template", None)
+        prepare.describe(run_dir, architecture, tokenizer, checkpoint, template, adapter, method.adapter or "lora")
         grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
         run_folder.write_json(run_dir / run_folder.PLAN, planned.to_dict())
         job = {
@@ -130,7 +133,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
             print(f"continuing {run_dir} from step {started_at}")
         stopped = local.run(run_dir, keys["gpus"], threads=max(1, machine.cpu_count // keys["gpus"]), max_steps=keys["steps"])
         if stopped:
-            at = _newest_checkpoint(run_dir)
+            at = folder.newest_checkpoint(run_dir)
             place = f"from step {at[0]}, {at[1]}" if at else "from the start"
             print(f"stopped by {stopped.name}; the same command continues {place}")
             return 128 + stopped
@@ -179,17 +182,6 @@ def _export(run_dir: Path, keys: dict[str, Any], adapter: bool) -> None:
         raise RunError(f"the run is complete, its export is not: {error}") from error
 
 
-def _complete(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a run that has made all its steps."""
-    from nemo_ext import run_folder
-
-    summary = run_folder.read_json(run_dir / run_folder.SUMMARY_JSON)
-    if summary is None or not (run_dir / run_folder.CONFIG).is_file():
-        return None
-    steps = grammar.read_config(run_dir / run_folder.CONFIG).get("steps")
-    return summary if steps and summary.get("steps", 0) >= steps else None
-
-
 def _done(headline: str, summary: dict[str, Any]) -> int:
     from nemo_ext import report
 
@@ -210,41 +202,6 @@ def _check_machine(keys: dict[str, Any], machine) -> None:
         gpus = f"{available} GPU{'s' if available > 1 else ''}"
         what = gpus if keys["device"] == "gpu" else f"room for {available} CPU processes"
         raise UserError(f"gpus={keys['gpus']}: this machine has {what}")
-
-
-def _starting_point(recipe: str, method, family: str, keys: dict[str, Any], planning: bool):
-    """The checkpoint a run starts from (None for random weights) and the model's architecture."""
-    from launchers import prepare
-    from recipes import models
-
-    if not method.needs_weights:
-        if keys["model"]:
-            raise UserError(f"model= is for recipe=cpt_{family}: {recipe} starts from random weights")
-        return None, recipes.architecture(recipe, keys)
-    size = models.size(family, keys["size"])
-    if keys["model"]:
-        checkpoint = prepare.find(keys["model"])
-        try:
-            shape = prepare.shape(checkpoint)
-        except UserError as error:
-            raise UserError(f"model={keys['model']}: {error}") from None
-        wanted = size.architecture.family
-        if shape.family != wanted:
-            raise UserError(f"model={keys['model']} is a {shape.family} model, recipe={recipe} trains {wanted}")
-        return checkpoint, shape
-    if planning:
-        return None, size.architecture
-    if not size.hub:
-        advice = f"give model=hf:FOLDER, or use recipe=pretrain_{family}"
-        raise UserError(f"{recipe} size={keys['size']} has no published weights: {advice}")
-    try:
-        checkpoint = prepare.find(size.hub if size.hub == models.EMBEDDED else f"hf:{size.hub}")
-    except UserError:
-        raise UserError(
-            f"{size.hub} is not in Hugging Face's local cache: give model=hf:FOLDER, or start from random weights with "
-            f"recipe=pretrain_{family}"
-        ) from None
-    return checkpoint, prepare.shape(checkpoint)
 
 
 def _tokenizer(keys: dict[str, Any], checkpoint, architecture) -> Path:
@@ -268,11 +225,10 @@ def _trained(method, keys: dict[str, Any], architecture) -> int:
 
     if not method.adapter:
         return architecture.num_parameters()
-    names = adapters.targets(architecture.family, keys["targets"])
-    return adapters.num_parameters(architecture, names, keys["rank"])
+    return adapters.trained(architecture, method.adapter, keys)
 
 
-def _request(keys: dict[str, Any], machine, trainable: float):
+def _request(keys: dict[str, Any], machine, trainable: float, nf4: bool):
     from launchers.plan import Request
 
     if keys["gpu_memory"]:
@@ -283,8 +239,8 @@ def _request(keys: dict[str, Any], machine, trainable: float):
         memory = min(gpu.memory_bytes for gpu in machine.gpus)
     else:
         raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
-    names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device"
-    wanted = {name: keys[name] for name in names.split()}
+    names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device double_quant"
+    wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}}
     return Request(**wanted, gpu_memory=memory, trainable=trainable, sequence_parallel=keys["sp"], cross_entropy="te")
 
 
@@ -311,103 +267,15 @@ def _check_overrides(command: grammar.Command, keys: dict[str, Any], architectur
     recipes.load(command.recipe, shape=architecture, overrides=command.overrides, **keys)
 
 
-def _absolute(keys: dict[str, Any]) -> dict[str, Any]:
-    """Paths as absolute ones, so that a saved configuration works from any folder."""
-
-    def absolute(text: str) -> str:
-        prefix, separator, rest = text.partition(":")
-        if separator and prefix in ("hf", "gguf", "nemo"):
-            return f"{prefix}:{Path(rest).expanduser().absolute()}" if Path(rest).expanduser().exists() else text
-        path, separator, weight = text.rpartition(":")
-        if separator and Path(path).expanduser().exists():
-            return f"{Path(path).expanduser().absolute()}:{weight}"
-        whole = Path(text).expanduser()
-        return str(whole.absolute()) if whole.exists() or any(c in text for c in "*?/") else text
-
-    changed = dict(keys)
-    for name in ("model", "tokenizer"):
-        changed[name] = absolute(keys[name]) if keys[name] else None
-    changed["out"] = str(Path(keys["out"]).expanduser().absolute())
-    changed["data"] = [absolute(str(d)) for d in keys["data"]] if isinstance(keys["data"], list) else absolute(str(keys["data"]))
-    return changed
-
-
-@contextmanager
-def _owned(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: two commands never write into one. A new one goes again if nothing came to lie in it."""
-    new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    with held(run_dir):
-        try:
-            yield
-        finally:
-            if new and [path.name for path in run_dir.iterdir()] == [LOCK]:
-                (run_dir / LOCK).unlink()
-                for folder in new:
-                    folder.rmdir()
-
-
-def _check_same_run(run_dir: Path, recipe: str, keys: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """A folder continues only the run it holds: refuse other values of what decides the result."""
-    from nemo_ext import run_folder
-
-    if not (run_dir / run_folder.CONFIG).is_file():
-        return
-    try:
-        held = grammar.read_config(run_dir / run_folder.CONFIG)
-    except UserError as error:
-        raise UserError(f"out={run_dir} holds a run that cannot be read ({error}): give another out=") from None
-    wanted = {"recipe": recipe, **keys, **overrides}
-    defaults = {name: field.default for name, field in fields().items()}  # of keys that are newer than the folder
-    changed = [k for k, v in wanted.items() if k not in FREE_TO_CHANGE and held.get(k, defaults.get(k)) != v]
-    changed += [k for k in held if "." in k and k not in overrides]
-    if changed:
-        shown = ", ".join(f"{k}={held.get(k)} and not {wanted.get(k)}" for k in changed[:3])
-        raise UserError(f"out={run_dir} holds a run with {shown}: give another out=, or the same keys to continue it")
-
-
-def _newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
-    from nemo_ext import run_folder
-
-    return run_folder.newest_checkpoint(run_dir / run_folder.CHECKPOINTS)
-
-
-def _usable_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
-    """The newest checkpoint that is as it was written. Half-written ones are removed, damaged ones set aside."""
-    from nemo_ext import run_folder
-
-    run_folder.clear_partial(run_dir / run_folder.CHECKPOINTS)
-    while (found := _newest_checkpoint(run_dir)) and (damage := run_folder.damage(found[1])):
-        aside = found[1].with_name(found[1].name + run_folder.DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
-        found[1].rename(aside)
-        print(f"{found[1]} is damaged ({damage}): set aside as {aside.name}", file=sys.stderr)
-    if not found and any((run_dir / run_folder.CHECKPOINTS).glob(f"*{run_folder.DAMAGED}")):
-        raise UserError(f"out={run_dir}: no checkpoint is left undamaged: give another out=, or remove the folder to start anew")
-    return found
-
-
-def _check_disk(run_dir: Path, trained: int, keys: dict[str, Any]) -> None:
-    """Refuse a run whose checkpoints will not fit: weights, fp32 copies and moments of the `trained` parameters, `keep` of them
-    and one being written."""
-    from nemo_ext import run_folder
-
-    if not keys["keep"]:
-        return
-    bytes_each = trained * (12 if keys["precision"] == "fp32" else 14)
-    count = min(keys["keep"], max(1, keys["steps"] // keys["every"]))
-    count += 1 - len(run_folder.checkpoints(run_dir / run_folder.CHECKPOINTS))  # of an earlier start: they are there
-    need, free = bytes_each * count, free_bytes(run_dir)
-    if need > free:
-        raise UserError(
-            f"out={run_dir}: checkpoints need {need / GIB:.1f} GiB (keep={keys['keep']} and one being written), "
-            f"{free / GIB:.1f} GiB are free: make space, lower keep= or give another out="
-        )
+def _check_same_run(run_dir: Path, command: grammar.Command, keys: dict[str, Any]) -> None:
+    defaults = {name: field.default for name, field in fields().items()}
+    folder.check_same_run(run_dir, command.recipe, keys, command.overrides, free=FREE_TO_CHANGE, defaults=defaults)
 
 
 def _facts(command: grammar.Command, keys: dict[str, Any], planned, text, started_at: int, run_dir: Path) -> dict[str, Any]:
     from nemo_ext import run_folder
 
-    newest = _newest_checkpoint(run_dir)
+    newest = folder.newest_checkpoint(run_dir)
     return {
         "recipe": command.recipe,
         "parameters": planned.parameters,

@@ -20,6 +20,7 @@ from unittest import mock
 JOB = "job.json"  # what the launcher hands over: recipe, keys, overrides, shape and this machine's paths
 LAUNCHER = "LLM_BUILDER_LAUNCHER"  # environment: the process id of a launcher on this machine
 PR_SET_PDEATHSIG = 1
+GIB = 2**30
 LIBC = ctypes.CDLL(None)
 
 
@@ -56,6 +57,8 @@ def train(job: dict, run_dir: Path) -> None:
     from nemo_ext.architecture import Architecture
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if torch.cuda.is_available() and job["keys"]["gpu_memory"]:
+        _hold_to(job["keys"]["gpu_memory"] * GIB)
     recipe = recipes.load(job["recipe"], shape=Architecture(**job["architecture"]), overrides=job["overrides"], **job["keys"])
     recipes.bind(recipe, run_dir=str(run_dir), tokenizer=job["tokenizer"], blend=job["blend"], weights=job["weights"],
                  checkpoint=job["checkpoint"])  # fmt: skip
@@ -65,6 +68,17 @@ def train(job: dict, run_dir: Path) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _hold_to(size: float) -> None:
+    """Give torch so many bytes of this process's GPU, less what the plan expects a process to take beside its tensors."""
+    import torch
+
+    from launchers.memory import CUDA_CONTEXT
+
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    share = (size - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ext import run_folder
+from nemo_ext import rank_report, run_folder
 from nemo_ext.disk import write_atomic
 
 WARM_UP_STEPS = 2  # the first steps of a run (allocation, compilation, cold caches) say nothing about its speed
@@ -25,6 +25,17 @@ PLOTS = {  # file name: y label
     "lr": "learning rate",
     "grad_norm": "gradient norm (L2, before clipping)",
     "throughput": "throughput (tokens/s, all processes)",
+}
+REWARD_PLOTS = {  # of a run that learns from rewards
+    "reward": "mean reward of the sampled answers",
+    "val_reward": "held-out reward",
+    "length": "length of the sampled answers (tokens)",
+    "kl": "KL divergence to the first policy (nats per token, k3)",
+    "entropy": "entropy of the policy (nats per token)",
+    "equal_groups": "share of groups with equal rewards",
+    **{name: PLOTS[name] for name in ("lr", "grad_norm")},
+    "loss": "policy loss",
+    "step_time": "time of a step (s)",
 }
 
 
@@ -54,7 +65,7 @@ def write(run_dir: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
         "plots": plots,
     }
     run_folder.write_json(run_dir / run_folder.SUMMARY_JSON, summary)
-    write_atomic(run_dir / run_folder.SUMMARY_MD, _markdown(run_dir, summary))
+    write_atomic(run_dir / run_folder.SUMMARY_MD, _markdown(run_dir, summary, rank_report.table(steps)))
     return summary
 
 
@@ -63,6 +74,8 @@ def summarise(steps: Sequence[dict], validations: Sequence[dict], facts: dict[st
 
     "Before" is the validation at step 0, "after" the last one at a later step.
     """
+    if any("val_reward" in v for v in validations) or any("reward" in step for step in steps):
+        facts = {**facts, **_of_rewards(steps, validations)}
     before = next((_number(v, "val_loss") for v in validations if v["step"] == 0), None)
     after = next((_number(v, "val_loss") for v in reversed(validations) if v["step"] > 0), None)
     losses = _numbers(steps, "loss")
@@ -82,6 +95,21 @@ def summarise(steps: Sequence[dict], validations: Sequence[dict], facts: dict[st
         "wall_time": facts.get("wall_time", _wall_time(steps, validations)),
         "layout": facts.get("layout"),
         "resumed_from_step": facts.get("resumed_from_step") or 0,
+    }
+
+
+def _of_rewards(steps: Sequence[dict], validations: Sequence[dict]) -> dict[str, Any]:
+    """What a run that learns from rewards adds to the summary: rewards, and where the time of a step goes (medians, seconds)."""
+    settled = steps[WARM_UP_STEPS:] or steps
+    rewards = _numbers(steps, "reward")
+    return {
+        "val_reward_before": next((_number(v, "val_reward") for v in validations if v["step"] == 0), None),
+        "val_reward_after": next((_number(v, "val_reward") for v in reversed(validations) if v["step"] > 0), None),
+        "train_reward_first": rewards[0] if rewards else None,
+        "train_reward_last": rewards[-1] if rewards else None,
+        "equal_groups": statistics.fmean(shares) if (shares := _numbers(steps, "equal_groups")) else None,
+        "reward_failures": int(sum(_numbers(steps, "reward_failures"))),
+        "seconds": {name: _median(_numbers(settled, f"{name}_time")) for name in ("step", "generation", "scoring", "training")},
     }
 
 
@@ -181,7 +209,9 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         losses = f"{_shown(before, '.4f')} -> {_shown(after, '.4f')}"
         ppls = f"{_shown(summary['val_ppl_before'], ',.2f')} -> {_shown(summary['val_ppl_after'], ',.2f')}"
         rows.append(("held-out", f"loss {losses}, perplexity {ppls}"))
-    if summary["train_loss_last"] is not None:
+    if "seconds" in summary:
+        rows += _reward_headlines(summary)
+    elif summary["train_loss_last"] is not None:
         rows.append(("training", f"loss {summary['train_loss_first']:.4f} -> {summary['train_loss_last']:.4f}"))
     took = "" if summary["wall_time"] is None else f" in {duration(summary['wall_time'])}"
     resumed = f", resumed from step {summary['resumed_from_step']}" if summary["resumed_from_step"] else ""
@@ -201,22 +231,61 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _markdown(run_dir: Path, summary: dict[str, Any]) -> str:
-    lines = [f"# {summary.get('recipe') or run_dir.name}", "", "| | before | after |", "|---|---:|---:|"]
-    for label, first, last, pattern in (
-        ("held-out loss (nats per token)", "val_loss_before", "val_loss_after", ".4f"),
-        ("held-out perplexity", "val_ppl_before", "val_ppl_after", ",.2f"),
-        ("training loss (nats per token)", "train_loss_first", "train_loss_last", ".4f"),
-    ):
-        lines.append(f"| {label} | {_shown(summary[first], pattern)} | {_shown(summary[last], pattern)} |")
+def _table(summary: dict[str, Any]) -> list[str]:
+    """Rows of summary.md's table."""
+    if "seconds" in summary:
+        if summary.get("reward_before"):
+            sides = " | ".join(_with_interval(summary[key]) for key in ("reward_before", "reward_after"))
+            return [f"| held-out reward (interval of 95%) | {sides} |"]
+        names = (("held-out reward", "val_reward_before", "val_reward_after", ".3f"),)
+    else:
+        names = (
+            ("held-out loss (nats per token)", "val_loss_before", "val_loss_after", ".4f"),
+            ("held-out perplexity", "val_ppl_before", "val_ppl_after", ",.2f"),
+            ("training loss (nats per token)", "train_loss_first", "train_loss_last", ".4f"),
+        )
+    return [
+        f"| {label} | {_shown(summary[first], pattern)} | {_shown(summary[last], pattern)} |"
+        for label, first, last, pattern in names
+    ]
+
+
+def _reward_headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if (difference := summary.get("reward_difference")) is not None:
+        change = f"{difference[0]:+.3f} ({difference[1]:+.3f} to {difference[2]:+.3f})"
+        sides = f"{_with_interval(summary['reward_before'])} -> {_with_interval(summary['reward_after'])}"
+        rows.append(("held-out", f"reward {sides}, {change}; {summary['heldout_answers']:,} answers, intervals of 95%"))
+    elif summary["val_reward_after"] is not None:
+        rows.append(("held-out", f"reward {_shown(summary['val_reward_before'], '.3f')} -> {summary['val_reward_after']:.3f}"))
+    if summary["train_reward_last"] is not None:
+        equal = f", {summary['equal_groups']:.0%} of the groups with equal rewards" if summary["equal_groups"] is not None else ""
+        failed = f", {summary['reward_failures']:,} failures of rewards" if summary["reward_failures"] else ""
+        rows.append(("training", f"reward {summary['train_reward_first']:.3f} -> {summary['train_reward_last']:.3f}{equal}{failed}"))
+    if summary["seconds"]["step"] is not None:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in summary["seconds"].items() if seconds is not None)
+        rows.append(("seconds", f"a step: {parts.removeprefix('step ')}"))
+    return rows
+
+
+def _with_interval(value: Sequence[float]) -> str:
+    """A mean and its interval: "0.53 (0.48 to 0.58)"."""
+    return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
+
+
+def _markdown(run_dir: Path, summary: dict[str, Any], ranks: Sequence[str]) -> str:
+    lines = [f"# {summary.get('recipe') or run_dir.name}", "", "| | before | after |", "|---|---:|---:|", *_table(summary)]
     lines.append("")
     lines += [f"- {label}: {text}" for label, text in _headlines(summary) if label not in ("held-out", "training")]
     if summary.get("parameters"):
         lines.append(f"- model: {summary['parameters'] / 1e6:,.1f} M parameters")
     if summary.get("train_tokens"):
         lines.append(f"- data: {summary['train_tokens']:,} tokens for training, {summary.get('heldout_tokens') or 0:,} held out")
+    if summary.get("problems"):
+        lines.append(f"- data: {summary['problems']:,} problems for training, {summary.get('heldout_problems') or 0:,} held out")
     if summary.get("machine"):
         lines.append(f"- machine: {summary['machine']}")
+    lines += ranks
     for row in summary.get("answers") or []:
         lines += ["", "## Answers before and after", ""] if row is summary["answers"][0] else [""]
         lines += [f"**{_quoted(row['question'])}**", ""]
@@ -234,7 +303,7 @@ def _markdown(run_dir: Path, summary: dict[str, Any]) -> str:
     lines += [f"- [{name}]({name}): {what}" for name, what in inside.items() if (run_dir / name).exists()]
     if paths["plots"]:
         lines += ["", "## Plots", ""]
-        lines += [f"![{PLOTS[Path(plot).stem]}]({plot})" for plot in paths["plots"]]
+        lines += [f"![{(PLOTS | REWARD_PLOTS).get(Path(plot).stem, Path(plot).stem)}]({plot})" for plot in paths["plots"]]
     return "\n".join(lines) + "\n"
 
 
@@ -246,17 +315,21 @@ def _quoted(text: str) -> str:
 def _write_plots(run_dir: Path, steps: Sequence[dict], validations: Sequence[dict], resumed_from_step: int) -> list[str]:
     """Draw every series that has a point; return the files' paths relative to the run's folder."""
     written = []
-    for name, label in PLOTS.items():
+    rewarded = any("reward" in step for step in steps)
+    for name, label in (REWARD_PLOTS if rewarded else PLOTS).items():
         records, key = (
-            (validations, "val_loss") if name == "val_loss" else (steps, {"throughput": "tokens_per_s"}.get(name, name))
+            (validations, name) if name.startswith("val_") else (steps, {"throughput": "tokens_per_s"}.get(name, name))
         )
         points = [(record["step"], value) for record in records if (value := _number(record, key)) is not None]
         path = f"{run_folder.PLOTS}/{name}.png"
         if not points:
             (run_dir / path).unlink(missing_ok=True)  # of an earlier start
             continue
-        write_atomic(run_dir / path, _plot(points, label, resumed_from_step, markers=name == "val_loss"))
+        write_atomic(run_dir / path, _plot(points, label, resumed_from_step, markers=name.startswith("val_")))
         written.append(path)
+    if (image := rank_report.plot(steps)) is not None:
+        written.append(f"{run_folder.PLOTS}/ranks.png")
+        write_atomic(run_dir / written[-1], image)
     return written
 
 

@@ -120,8 +120,13 @@ def read_records(run_dir: str | os.PathLike) -> tuple[list[dict], list[dict]]:
         return [], []
     steps, validations = {}, {}
     for record in parse_records(lines):
-        (validations if "val_loss" in record else steps)[record["step"]] = record
+        (validations if is_validation(record) else steps)[record["step"]] = record
     return [steps[s] for s in sorted(steps)], [validations[s] for s in sorted(validations)]
+
+
+def is_validation(record: dict) -> bool:
+    """Whether a record of metrics.jsonl is an evaluation's and not a training step's."""
+    return "val_loss" in record or "val_reward" in record
 
 
 def truncate_records(run_dir: str | os.PathLike, last_step: int) -> list[dict]:

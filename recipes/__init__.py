@@ -16,7 +16,8 @@ from nemo_ext import adapters
 from nemo_ext.architecture import Architecture
 from nemo_ext.command_line import check_choice
 from nemo_ext.errors import UserError
-from recipes import models
+from recipes import grpo, models
+from recipes.grpo import GrpoKeys
 from recipes.keys import TrainKeys, fields
 from recipes.models import FAMILIES
 
@@ -31,6 +32,8 @@ class Method:
     needs_weights: bool = False
     conversations: bool = False  # what it learns, rather than documents
     adapter: str | None = None  # the kind of adapter that it trains, rather than all weights: nemo_ext.adapters.KINDS
+    nf4: bool = False  # whether the frozen linears are in 4 bits
+    schema: type = TrainKeys
 
 
 METHODS = {
@@ -49,6 +52,53 @@ METHODS = {
         needs_weights=True,
         conversations=True,
         adapter="lora",
+    ),
+    "qlora": Method(
+        "train an adapter of a 4-bit model on conversations (QLoRA)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 2e-4, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+        adapter="lora",
+        nf4=True,
+    ),
+    "dora": Method(
+        "train an adapter of magnitudes and directions (DoRA)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 2e-4, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+        adapter="dora",
+    ),
+    "moe_dora": Method(
+        "train DoRA experts and routers of the last layers (MoE-DoRA)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 2e-4, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+        adapter="moe_dora",
+    ),
+    "adalora": Method(
+        "train an adapter that finds its ranks on conversations (AdaLoRA)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 1e-3, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+        adapter="adalora",
+    ),
+    "fourierft": Method(
+        "train an adapter's spectrum on conversations (FourierFT)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        {"lr": 3e-3, "weight_decay": 0.0},
+        needs_weights=True,
+        conversations=True,
+        adapter="fourierft",
+    ),
+    "grpo": Method(
+        "learn to reason from rewards of sampled answers (GRPO)",
+        tuple(f for f in FAMILIES if f != "custom"),
+        needs_weights=True,
+        schema=GrpoKeys,
     ),
     "pretrain": Method("pre-train from random weights", tuple(FAMILIES), {"lr": 3e-4}),
 }
@@ -81,12 +131,19 @@ def method_of(name: str) -> str:
     return next(method for method in METHODS for family in METHODS[method].families if name == f"{method}_{family}")
 
 
+def schema(name: str | None) -> type:
+    """The dataclass of a recipe's keys; that of training recipes for a name that is none."""
+    return split(name)[0].schema if name in names() else TrainKeys
+
+
 def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     """All keys of a recipe: the given ones over the method's and size's defaults.
 
     What only the data or the plan can tell (`steps`, `tp`, `micro_batch` ...) stays None. Raises UserError.
     """
     method, family = split(name)
+    if method.schema is GrpoKeys:
+        return grpo.resolve(name, family, given, cuda=cuda)
     if (unknown := set(given) - set(fields())) != set():
         raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
     for key, field in fields().items():
@@ -126,8 +183,16 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
         raise UserError(f"{bad}= is for recipe=pretrain_custom: the shape of {name} is its checkpoint's")
     for check in (_positive, _choices, _shares):
         check(keys)
+    if method.nf4 and keys["precision"] == "fp8":
+        raise UserError(f"precision=fp8: {name}'s weights are rounded to 4 bits, FP8 would round them again: precision=bf16")
     if method.adapter:
-        adapters.targets(models.size(family, keys["size"]).architecture.family, keys["targets"])
+        shape = models.size(family, keys["size"]).architecture
+        adapters.ranks(shape.family, keys)
+        adapters.alphas(shape.family, keys)
+        if not keys["model"]:  # else the checkpoint's shape says more than the size's
+            adapters.trained(shape, method.adapter, keys)
+        if method.adapter == "moe_dora":
+            _experts(name, keys)
     elif keys["export"] == "lora":
         raise UserError(f"export=lora is for recipe=lora_{family}: {name} trains all weights")
     return keys
@@ -142,13 +207,19 @@ def finish(keys: dict[str, Any]) -> dict[str, Any]:
         "every": min(500, steps // 10) if steps > 100 else steps // 2 if steps > 20 else steps,
         "val_every": max(1, steps // 10) if steps > 100 else max(1, steps // 2),
     }
+    adapters.rank_schedule(keys)
     return {**keys, **{k: v for k, v in defaults.items() if keys[k] is None}}
 
 
 def check_layout(name: str, keys: dict[str, Any]) -> None:
     """Refuse what the planned layout does not allow. Raises UserError."""
-    if split(name)[0].adapter and keys["rank"] % keys["tp"]:
-        raise UserError(f"rank={keys['rank']} is not a multiple of tp={keys['tp']}: tensor parallelism splits the adapter too")
+    method, family = split(name)
+    if method.adapter != "lora":
+        return
+    for linear, rank in adapters.ranks(models.size(family, keys["size"]).architecture.family, keys).items():
+        if rank % keys["tp"]:
+            given = f"rank={rank}" if rank == keys["rank"] else f"ranks={linear}:{rank}"
+            raise UserError(f"{given} is not a multiple of tp={keys['tp']}: tensor parallelism splits the adapter too")
 
 
 def architecture(name: str, keys: dict[str, Any]) -> Architecture:
@@ -170,7 +241,7 @@ def architecture(name: str, keys: dict[str, Any]) -> Architecture:
 
 
 def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, Any] | None = None, **given: Any):
-    """The recipe as a NeMo-Run object (`run.Partial` of `llm.pretrain`).
+    """The recipe as a NeMo-Run object (`run.Partial` of `llm.pretrain`, or of grpo's engine).
 
     Keys that are planned or measured before a run take their simplest value here when not given: one device per model
     replica, 1,000 steps. `shape` replaces the size's architecture (a checkpoint of another shape); `overrides` sets fields by
@@ -180,6 +251,8 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
 
     cpu = platform.activate()
     keys = resolve(name, given, cuda=not cpu)
+    if split(name)[0].schema is GrpoKeys:
+        return grpo.load(keys, overrides or {})
     simplest = dict(gpus=1, tp=1, pp=1, vp=1, cp=1, ep=1, micro_batch=1, steps=1000)
     keys.update({k: v for k, v in simplest.items() if keys[k] is None})
     keys["sp"] = keys["tp"] > 1 if keys["sp"] is None else keys["sp"]
@@ -189,7 +262,7 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
     from recipes import training
     from recipes.overrides import apply
 
-    recipe = training.build(keys, shape or architecture(name, keys), method.conversations, method.adapter)
+    recipe = training.build(keys, shape or architecture(name, keys), method.conversations, method.adapter, method.nf4)
     apply(recipe, overrides or {})
     return recipe
 
@@ -200,6 +273,8 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
     `weights` is a converted checkpoint whose weights start a new run, or every start of an adapter's; `checkpoint` one of this
     run, continued exactly.
     """
+    if grpo.is_embedded(recipe):
+        return grpo.bind(recipe, run_dir=run_dir, weights=weights, checkpoint=checkpoint)
     from recipes import binding
 
     return binding.bind(recipe, run_dir=run_dir, tokenizer=tokenizer, blend=blend, weights=weights, checkpoint=checkpoint)
@@ -207,10 +282,12 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 
 def _positive(keys: dict[str, Any]) -> None:
     for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp "
-                 "cp ep gpu_memory every val_every eps layer_decay epochs rank alpha lora_plus").split():  # fmt: skip
+                 "cp ep gpu_memory every val_every eps layer_decay epochs rank alpha lora_plus "
+                 "experts top_k top_layers init_rank target_rank delta_t n_frequency scaling").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
-    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview", "answers"):
+    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview", "answers", "balance",
+                 "rank_warmup", "rank_final", "orthogonality", "frequency_seed"):  # fmt: skip
         if keys[name] is not None and keys[name] < 0:
             raise UserError(f"{name}={keys[name]} must not be negative")
     if keys["min_lr"] is not None and keys["min_lr"] > keys["lr"]:
@@ -219,8 +296,15 @@ def _positive(keys: dict[str, Any]) -> None:
         raise UserError(f"warmup={keys['warmup']} leaves no step of steps={keys['steps']}")
 
 
+def _experts(name: str, keys: dict[str, Any]) -> None:
+    if keys["top_k"] > keys["experts"]:
+        raise UserError(f"top_k={keys['top_k']} is more than experts={keys['experts']}")
+    if keys["export"]:
+        raise UserError(f"export={keys['export']}: neither PEFT nor transformers has the routers of {name}: leave it out")
+
+
 def _shares(keys: dict[str, Any]) -> None:
-    for name in ("heldout", "decay", "beta1", "beta2", "dropout"):
+    for name in ("heldout", "decay", "beta1", "beta2", "dropout", "importance_decay", "uncertainty_decay"):
         if not 0 <= keys[name] < 1 and not (name == "decay" and keys[name] == 1):
             raise UserError(f"{name}={keys[name]} must be at least 0 and below 1")
 

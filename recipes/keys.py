@@ -13,7 +13,11 @@ from typing import Any
 from nemo_ext.command_line import key, keys_of
 
 TEXT = ("pretrain", "cpt")  # methods that learn documents
-ADAPTER = ("lora",)  # methods that train an adapter of frozen weights
+LOW_RANK = ("lora", "qlora", "dora", "moe_dora")  # methods that train an adapter of a rank that is given
+ADALORA, FOURIERFT = ("adalora",), ("fourierft",)
+ADAPTER = (*LOW_RANK, *ADALORA, *FOURIERFT)  # methods that train an adapter of frozen weights
+EXPERTS = ("moe_dora",)
+QLORA = ("qlora",)
 CHAT = ("sft", *ADAPTER)  # methods that learn conversations
 
 
@@ -100,14 +104,37 @@ class TrainKeys:
     layer_decay: float = key(1.0, "learning rate of a layer relative to the next one up (layer-wise decay), 1 for none",
                              path="optim.layer_decay")  # fmt: skip
 
-    rank: int = key(16, "rank of the adapter", only=ADAPTER, group="adapter")
-    alpha: float = key(32.0, "the adapter's B A is scaled by alpha / rank", only=ADAPTER)
+    rank: int = key(16, "rank of the adapter", only=LOW_RANK, group="adapter")
+    alpha: float = key(32.0, "the adapter's B A is scaled by alpha / rank", only=(*LOW_RANK, *ADALORA))
+    ranks: Any = key(None, "ranks of single linears: q_proj:8,mlp:32", auto="rank", only=LOW_RANK)
+    alphas: Any = key(None, "alphas of single linears: q_proj:16,mlp:64", auto="alpha", only=LOW_RANK)
     targets: Any = key(
         "all-linear", "linears with an adapter: all-linear, attention, mlp, or names such as q_proj,v_proj", only=ADAPTER
     )
-    dropout: float = key(0.0, "dropout of the adapter's input", only=ADAPTER)
-    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)", only=ADAPTER)
-    lora_plus: float = key(1.0, "learning rate of B relative to A's (LoRA+ proposes 16)", path="optim.lora_plus", only=ADAPTER)
+    dropout: float = key(0.0, "dropout of the adapter's input", only=(*LOW_RANK, *ADALORA))
+    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)", only=LOW_RANK)
+    lora_plus: float = key(1.0, "learning rate of B relative to A's (LoRA+ proposes 16)", path="optim.lora_plus", only=LOW_RANK)
+    double_quant: bool = key(True, "round the magnitudes of NF4's blocks to 8 bits", only=QLORA)
+    experts: int = key(4, "DoRA experts of a linear", only=EXPERTS)
+    top_k: int = key(2, "experts that a token gets", only=EXPERTS)
+    top_layers: int | None = key(None, "last layers that have experts; a plain DoRA below", auto="half of them", only=EXPERTS)
+    balance: float = key(0.01, "weight of the experts' balancing loss, 0 for none", only=EXPERTS)
+
+    init_rank: int = key(12, "rank of every linear at the start, by which alpha is divided", only=ADALORA)
+    target_rank: int = key(8, "mean rank in the end", only=ADALORA)
+    rank_warmup: int | None = key(
+        None, "steps at full rank before the first cut", unit="steps", auto="a tenth of the run", only=ADALORA
+    )
+    rank_final: int | None = key(
+        None, "steps at the target after the last cut", unit="steps", auto="three tenths of the run", only=ADALORA
+    )
+    delta_t: int | None = key(None, "steps between two cuts", unit="steps", auto="a hundredth of the run", only=ADALORA)
+    importance_decay: float = key(0.85, "decay of the mean importance of a weight (beta 1)", only=ADALORA)
+    uncertainty_decay: float = key(0.85, "decay of that importance's mean uncertainty (beta 2)", only=ADALORA)
+    orthogonality: float = key(0.5, "weight of |P^T P - I| and |Q Q^T - I| in the loss", only=ADALORA)
+    n_frequency: int = key(1000, "learnt frequencies of every linear", only=FOURIERFT)
+    scaling: float = key(300.0, "factor of the inverse Fourier transform", only=FOURIERFT)
+    frequency_seed: int = key(777, "seed that draws the frequencies (PEFT's random_loc_seed)", only=FOURIERFT)
 
     nodes: int = key(1, "machines", path="trainer.num_nodes", group="parallelism")
     gpus: int | None = key(None, "GPUs a machine; CPU processes without CUDA", path="trainer.devices", auto="all; 1 without CUDA")
@@ -153,8 +180,3 @@ class TrainKeys:
 def fields() -> dict[str, dataclasses.Field]:
     """The schema by key name."""
     return keys_of(TrainKeys)
-
-
-def key_of_path(path: str) -> str | None:
-    """The short name of a recipe's field, where it has one: `trainer.max_steps` is `steps`."""
-    return next((name for name, f in fields().items() if f.metadata["path"] == path), None)

@@ -5,6 +5,7 @@ Importing this module imports NeMo; `recipes.load` does so after `nemo_ext.platf
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import nemo_run as run
@@ -16,15 +17,18 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_ext import adapters
+from nemo_ext.adapters.moe_dora import Balance
 from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.random_state import SeedEachStep
+from nemo_ext.callbacks.rank_allocation import RankAllocation
 from nemo_ext.callbacks.stop import StopOnSignal
 from nemo_ext.data.chat.module import ChatDataModule
 from nemo_ext.data.module import CorpusDataModule
+from nemo_ext.errors import UserError
 from nemo_ext.modeling import model_config
 from nemo_ext.optim import MegatronAdam, WarmupSchedule
 from nemo_ext.run_folder import CHECKPOINTS
@@ -33,8 +37,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, 
 PRECISIONS = {"bf16": "bf16-mixed", "fp8": "bf16-mixed", "fp16": "16-mixed", "fp32": "32"}
 
 
-def build(keys: dict[str, Any], architecture: Architecture, conversations: bool = False, adapter: bool = False) -> run.Partial:
-    """`run.Partial(llm.pretrain, ...)` from resolved keys. Paths of this machine are bound later (`recipes.bind`)."""
+def build(
+    keys: dict[str, Any], architecture: Architecture, conversations: bool = False, adapter: str | None = None, nf4: bool = False
+) -> run.Partial:
+    """`run.Partial(llm.pretrain, ...)` from resolved keys. Paths of this machine are bound later (`recipes.bind`).
+
+    `adapter` is the kind that is trained rather than all weights; `nf4` keeps the frozen linears in 4 bits.
+    """
     model = dict(**_recompute(keys, architecture), **_pipeline(keys), cross_entropy_fusion_impl="te")
     if conversations:
         model["calculate_per_token_loss"] = True  # the mean over a global batch's learnt tokens, however rows are filled
@@ -44,7 +53,7 @@ def build(keys: dict[str, Any], architecture: Architecture, conversations: bool 
         llm.pretrain,
         model=model_config(architecture, keys["seq"], **model),
         data=_data(keys, conversations),
-        trainer=_trainer(keys, architecture, adapter),
+        trainer=_trainer(keys, architecture, adapter, nf4),
         log=run.Config(nl.NeMoLogger, use_datetime_version=False, ckpt=None, tensorboard=None, wandb=None),
         optim=_optimizer(keys),
         resume=run.Config(nl.AutoResume),
@@ -66,7 +75,7 @@ def _data(keys: dict[str, Any], conversations: bool) -> run.Config:
     )
 
 
-def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: bool) -> run.Config:
+def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | None, nf4: bool) -> run.Config:
     distributed = keys["distributed_optimizer"]
     ddp = run.Config(
         DistributedDataParallelConfig,
@@ -78,9 +87,10 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: bool) ->
     )
     trained, what = None, {}
     if adapter:
-        names = adapters.targets(architecture.family, keys["targets"])
-        trained = adapters.num_parameters(architecture, names, keys["rank"])
-        what = dict(adapter=adapters.transform_settings(architecture, keys), seed=keys["seed"])
+        trained = adapters.trained(architecture, adapter, keys)
+        what = dict(adapter=adapters.transform_settings(architecture, keys, adapter), seed=keys["seed"])
+    if nf4:
+        what["nf4"] = _nf4(keys, architecture)
     strategy = run.Config(
         AdapterStrategy if adapter else nl.MegatronStrategy,
         tensor_model_parallel_size=keys["tp"],
@@ -99,6 +109,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: bool) ->
         **what,
     )
     callbacks = [
+        *_balance(keys, architecture, adapter),
         run.Config(
             MetricsCallback,
             run_dir="",
@@ -109,6 +120,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: bool) ->
             tensorboard=keys["tensorboard"],
             wandb=keys["wandb"],
         ),
+        *_rank_allocation(keys, architecture, adapter),
         run.Config(SeedEachStep, seed=keys["seed"], adapter_dropout=keys["dropout"] if adapter else 0.0),
         run.Config(StopOnSignal),
         run.Config(Evaluation, every=keys["val_every"]),
@@ -131,6 +143,32 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: bool) ->
         check_val_every_n_epoch=1_000_000_000,  # the Evaluation callback decides
         use_distributed_sampler=False,
     )
+
+
+def _rank_allocation(keys: dict[str, Any], architecture: Architecture, adapter: str | None) -> list[run.Config]:
+    """What AdaLoRA does around an optimizer step."""
+    if adapter != "adalora":
+        return []
+    known = adapters.linears(architecture.family)
+    names = adapters.targets(architecture.family, keys["targets"])
+    model = dict(linears={known[name]: name for name in names}, num_layers=architecture.num_layers)
+    return [run.Config(RankAllocation, **model, **adapters.allocation(keys))]
+
+
+def _balance(keys: dict[str, Any], architecture: Architecture, adapter: str | None) -> list[run.Config]:
+    """What gives the routers of adapters their balancing loss."""
+    if adapter != "moe_dora":
+        return []
+    routers = adapters.top_layers(architecture, keys) * len(adapters.targets(architecture.family, keys["targets"]))
+    return [run.Config(Balance, balance=keys["balance"], routers=routers, rows=keys["global_batch"])]
+
+
+def _nf4(keys: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The arguments of `nemo_ext.adapters.nf4.quantizing`."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("the weights of qlora are in 4 bits by bitsandbytes, which is not installed: pip install bitsandbytes")
+    fused = {"linear_qkv", "linear_fc1"} & set(adapters.linears(architecture.family).values())
+    return dict(double_quant=keys["double_quant"], whole=sorted(fused))
 
 
 def _precision(keys: dict[str, Any]) -> run.Config:

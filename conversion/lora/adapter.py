@@ -1,8 +1,12 @@
-"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, read and written tensor by tensor.
+"""LoRA and its relatives in PEFT's format, read and written tensor by tensor.
+
+The files are `adapter_config.json` and `adapter_model.safetensors`.
 
 An adapted linear computes `W x + scale * B A x` with A `[r, in]` and B `[out, r]` (Hu et al. 2021, arXiv:2106.09685). The scale
 is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732). DoRA has a magnitude `m` `[out]`
-beside them: every row of `W + scale * B A` is stretched to the length m (Liu et al. 2024, arXiv:2402.09353).
+beside them: every row of `W + scale * B A` is stretched to the length m (Liu et al. 2024, arXiv:2402.09353). AdaLoRA's
+`B diag(E) A` has the scale `lora_alpha / (init_r + 1e-5)` (Zhang et al. 2023, arXiv:2303.10512), and FourierFT adds the inverse
+Fourier transform of a few coefficients (Gao et al. 2024, arXiv:2405.03003).
 """
 
 from __future__ import annotations
@@ -21,10 +25,13 @@ from conversion import families, safetensors_io
 from conversion.families import Family
 from conversion.safetensors_io import TensorInfo
 from conversion.workers import Progress
+from nemo_ext.adapters import spectrum
 from nemo_ext.errors import UserError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+NEEDED = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"),
+          "FOURIERFT": ("scaling", "random_loc_seed")}  # fmt: skip
 PREFIX = "base_model.model."  # PEFT's wrapper around the model
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) train against a changed base.
@@ -34,7 +41,7 @@ UNSUPPORTED = (
     "arrow_config", "kasa_config", "monteclora_config", "lora_bias",
 )  # fmt: skip
 _TENSOR = re.compile(
-    r"(?P<module>.+)\.(?:(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r"(?P<module>.+)\.(?:(?P<kind>lora_A|lora_B|lora_E|lora_magnitude_vector|fourierft_spectrum)(?:\.default)?(?:\.weight)?"
     r"|(?P<embedding>lora_embedding_A|lora_embedding_B)(?:\.default)?)"
 )
 
@@ -62,6 +69,17 @@ class Update:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def delta(self, shape: tuple[int, int]) -> torch.Tensor:
+        """What is added to a weight `[out, in]` before any magnitude, fp32."""
+        return self.scale * (self.b.read().float() @ self.a.read().float())
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape has place for it."""
+        return self.shape == shape
+
+    def __str__(self) -> str:
+        return str(list(self.shape))
+
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the weight that the update is added to."""
@@ -70,12 +88,34 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """FourierFT's update of the weight of one module; it fits every weight that has as many frequencies."""
+
+    coefficients: TensorInfo  # [n]
+    scaling: float
+    seed: int
+    magnitude: None = None
+    transposed: bool = False
+
+    def delta(self, shape: tuple[int, int]) -> torch.Tensor:
+        """What is added to a weight `[out, in]`, fp32."""
+        return spectrum.matrix(self.coefficients.read(), *shape, self.seed, self.scaling)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape has place for it."""
+        return len(shape) == 2 and self.coefficients.shape[0] <= math.prod(shape)
+
+    def __str__(self) -> str:
+        return f"{self.coefficients.shape[0]} frequencies"
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A PEFT folder: its configuration, `{module: update}`, and the tensors that it replaces as a whole (`modules_to_save`)."""
 
     folder: Path
     config: dict[str, Any]
-    updates: dict[str, Update]
+    updates: dict[str, Update | Spectrum]
     replaced: dict[str, TensorInfo]
 
     @property
@@ -86,8 +126,8 @@ class Adapter:
 def read(folder: Path) -> Adapter:
     """The adapter in `folder`; the tensors stay on disk.
 
-    Raises UserError: no adapter, several, pickled weights, not LoRA, an option that changes what LoRA computes (the name is
-    said), biases, a tensor without its partner, or ranks that differ from the configuration's.
+    Raises UserError: no adapter, several, pickled weights, no relative of LoRA, an option that changes what LoRA computes (the
+    name is said), biases, a tensor without its partner, or ranks that differ from the configuration's.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -201,9 +241,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        if config["peft_type"] != "LORA":
-            raise UserError(f"{file} has peft_type={config['peft_type']!r}; only LORA (with or without DoRA) converts")
-        config["r"], config["lora_alpha"]
+        if (kind := config["peft_type"]) not in NEEDED:
+            raise UserError(f"{file} has peft_type={kind!r}; only {', '.join(NEEDED)} convert (LORA with or without DoRA)")
+        for option in NEEDED[kind]:
+            config[option]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is not a PEFT configuration: {type(error).__name__} {error}") from error
     return config
@@ -212,6 +253,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _refuse_options(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("bias", "none") != "none":
         raise UserError(f"{folder}: bias={config['bias']!r} trains the base's biases too: only 'none' converts")
+    if config.get("fan_in_fan_out") and config["peft_type"] == "FOURIERFT":
+        raise UserError(f"{folder}: fan_in_fan_out is for GPT-2's linears, which do not convert")
     for option in UNSUPPORTED:
         if config.get(option):
             raise UserError(f"{folder}: {option}={config[option]!r} computes something other than W x + scale * B A x")
@@ -231,14 +274,22 @@ def _refuse_options(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _update(folder: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, TensorInfo]) -> Update:
+def _update(folder: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, TensorInfo]) -> Update | Spectrum:
+    kind = "FOURIERFT" if "fourierft_spectrum" in parts else "ADALORA" if "lora_E" in parts else "LORA"
+    if kind != config["peft_type"]:
+        raise UserError(f"{folder}: {CONFIG} says {config['peft_type']}, but {module} has {' and '.join(sorted(parts))}")
+    if kind == "FOURIERFT":
+        return Spectrum(parts["fourierft_spectrum"], config["scaling"], config["random_loc_seed"])
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if missing := [name for name in names if name not in parts]:
         raise UserError(f"{folder / WEIGHTS} lacks {missing[0]} of {module}")
     a, b = (parts[name] for name in names)
     magnitude = parts.get("lora_magnitude_vector")
-    rank, scale = scaling(config, module)
+    if kind == "ADALORA":
+        a, rank, scale = _with_values(a, parts["lora_E"]), b.shape[-1], config["lora_alpha"] / (config["init_r"] + 1e-5)
+    else:
+        rank, scale = scaling(config, module)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise UserError(f"{folder}: {module} has A {list(a.shape)} and B {list(b.shape)}; only linears and embeddings convert")
     if a.shape[0] != rank or b.shape[1] != rank:
@@ -249,6 +300,11 @@ def _update(folder: Path, config: Mapping[str, Any], module: str, parts: Mapping
     if magnitude is not None and (embedding or math.prod(magnitude.shape) != b.shape[0]):
         raise UserError(f"{folder}: {module} has DoRA magnitudes {list(magnitude.shape)}; only linears' convert")
     return Update(a, b, scale, magnitude, transposed=embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _with_values(a: TensorInfo, values: TensorInfo) -> Computed:
+    """diag(E) A."""
+    return Computed(a.shape, torch.float32, lambda: values.read().float().reshape(-1, 1) * a.read().float())
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -15,6 +15,7 @@ from conversion.atomic import new_folder
 from conversion.dist_checkpoint import SavedTensor, read
 from conversion.hf_to_nemo import KEY_PREFIX
 from conversion.lora import adapter as lora
+from conversion.lora import per_linear
 from conversion.lora.adapter import Computed
 from conversion.lora.nemo import MAGNITUDE, A, B, Place, Slot, dtype_name, find, peft_config, refuse_dora, slots_of, unscaled
 from conversion.workers import Progress
@@ -30,16 +31,21 @@ def convert(adapter_dir: Path, out_dir: Path, alpha: float | None = None, progre
     `alpha` is for a checkpoint without `adapter.json`.
     """
     weights, settings = find(Path(adapter_dir), alpha)
+    if (made := settings.get("kind")) == "moe_dora":
+        raise UserError(f"{adapter_dir} is a MoE-DoRA: PEFT and transformers have no routers; its run continues and evaluates it")
+    if made in per_linear.TENSORS:
+        return per_linear.convert(weights, settings, Path(out_dir), progress)
     architecture = Architecture(**settings["architecture"])
     family = families.FAMILIES[architecture.family]
     stacks = _stacks(weights)
     dora = any(MAGNITUDE in stack for stack in stacks.values())
-    kind = "dora" if dora else "canonical_lora" if any(".adapter.adapter_" in key for key in stacks) else "lora"
+    split = made == "canonical_dora" or any(".adapter.adapter_" in key for key in stacks)
+    kind = ("canonical_dora" if split else "dora") if dora else ("canonical_lora" if split else "lora")
     slots = [slot for slot in slots_of(family, architecture, kind) if slot.key in stacks]
     if unknown := set(stacks) - {slot.key for slot in slots}:
         raise UserError(f"{adapter_dir} adapts {min(unknown)}, which has no place in PEFT's adapter of a {family.name}")
     _check_stacks(slots, stacks, architecture, Path(adapter_dir))
-    if dora:
+    if kind == "dora":
         refuse_dora(slots, family, architecture, Path(adapter_dir))
     places = {name: Place(**place) for name, place in settings.get("modules", {}).items()}
     prefix = settings.get("module_prefix", "model.")

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from conversion.compare.activations import LogitDifference, compare
 from conversion.dtypes import DTYPES, cast, parse
 from conversion.hf_to_nemo import read_config
 from conversion.lora import adapter as lora
-from conversion.lora.adapter import Adapter, Update
+from conversion.lora.adapter import Adapter, Spectrum, Update
 from conversion.safetensors_io import INDEX, TensorInfo
 from conversion.workers import Progress
 from nemo_ext.errors import RunError, UserError
@@ -105,18 +106,18 @@ def _refuse_quantized(base: Path, config: Mapping[str, Any]) -> None:
 
 def _changes(
     base: Path, config: Mapping[str, Any], adapter: Adapter, source: Mapping[str, TensorInfo]
-) -> dict[str, Update | TensorInfo]:
+) -> dict[str, Update | Spectrum | TensorInfo]:
     """{tensor of the base: what happens to it}, checked."""
     family = families.family_of(config) if _known(config) else None
     tied = _tied(config, source)
-    changes: dict[str, Update | TensorInfo] = {}
+    changes: dict[str, Update | Spectrum | TensorInfo] = {}
     for module, update in adapter.updates.items():
         name = lora.tensor_name(family, source, f"{module}.weight")
         if name is None:
             raise UserError(f"{adapter.folder} adapts {module}, which {base} does not have: it is for another base")
-        if update.shape != source[name].shape:
+        if not update.fits(source[name].shape):
             raise UserError(
-                f"{adapter.folder} changes {module} by {list(update.shape)}, but {base} has {list(source[name].shape)} there: "
+                f"{adapter.folder} changes {module} by {update}, but {base} has {list(source[name].shape)} there: "
                 "it is for another base"
             )
         if tied and _is_vocabulary(name):
@@ -174,7 +175,7 @@ def _is_vocabulary(name: str) -> bool:
 def _write_shards(
     unfinished: Unfinished,
     source: Mapping[str, TensorInfo],
-    changes: Mapping[str, Update | TensorInfo],
+    changes: Mapping[str, Update | Spectrum | TensorInfo],
     stored: Mapping[str, torch.dtype],
     progress: Progress | None,
 ) -> list[float]:
@@ -192,7 +193,7 @@ def _write_shards(
         nonlocal done
         for name in names:
             change = changes.get(name)
-            if isinstance(change, Update):
+            if isinstance(change, (Update, Spectrum)):
                 tensor, loss = _merged(source[name].read(), change, stored[name], name)
                 losses[-1] = max(losses[-1], loss)
             else:
@@ -213,11 +214,11 @@ def _write_shards(
     return losses
 
 
-def _merged(weight: torch.Tensor, update: Update, dtype: torch.dtype, name: str) -> tuple[torch.Tensor, float]:
+def _merged(weight: torch.Tensor, update: Update | Spectrum, dtype: torch.dtype, name: str) -> tuple[torch.Tensor, float]:
     """The merged weight in `dtype`, and |stored - exact| / |exact - weight|."""
     weight = weight.float()
     exact = weight.T if update.transposed else weight
-    exact = exact + update.scale * (update.b.read().float() @ update.a.read().float())
+    exact = exact + update.delta(exact.shape)
     if update.magnitude is not None:
         exact = exact * (update.magnitude.read().float().flatten() / torch.linalg.norm(exact, dim=1))[:, None]
     exact = exact.T if update.transposed else exact
@@ -267,7 +268,8 @@ def _measure(base: Path, adapter: Path, merged: Path, config: Mapping[str, Any])
     def load(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # said of every AdaLoRA adapter, and used
         model = PeftModel.from_pretrained(load(base), adapter).float().eval()
         adapted = model(tokens).logits
         with model.disable_adapter():

@@ -3,8 +3,10 @@
 A NeMo adapter folder has `weights/`, a Megatron distributed checkpoint with the adapter's tensors only, and `adapter.json`:
 
 - `kind`: "canonical_lora", an adapter for each linear that Hugging Face has (`linear_qkv.adapter.adapter_q.linear_in.weight`),
-  "lora", one for each of Megatron's fused linears (`linear_qkv.adapter.linear_in.weight`), or "dora", as "lora" with magnitudes;
-- `target_modules`, `dim`, `alpha`, `dropout`: the arguments of NeMo's transform (`nemo_ext.adapters.transforms.transform`);
+  "lora", one for each of Megatron's fused linears (`linear_qkv.adapter.linear_in.weight`), "dora", as "lora" with magnitudes, or
+  "canonical_dora", as "canonical_lora" with magnitudes;
+- `target_modules`, `dim`, `alpha`, `dropout`: the arguments of NeMo's transform (`nemo_ext.adapters.transforms.transform`), and
+  `ranks` and `alphas` of single targets that differ;
 - `base`, `architecture`: what it adapts; `peft_config`: PEFT's configuration;
 - `modules`: for each of PEFT's modules where it lies: the first rank component, the rank, and the factor in its B.
 
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 SETTINGS = nemo_folder.ADAPTER
-SETTINGS_KEYS = {"kind", "target_modules", "dim", "alpha", "dropout", "architecture", "module_prefix", "peft_config", "modules"}
-KINDS = ("canonical_lora", "lora", "dora")
+SETTINGS_KEYS = {"kind", "target_modules", "architecture", "module_prefix", "peft_config", "modules"}
+KINDS = ("canonical_lora", "lora", "dora", "canonical_dora")
+CANONICAL = ("canonical_lora", "canonical_dora")  # an adapter for each linear that Hugging Face has
+PEFT = ("lora", "dora")  # the methods whose adapters PEFT has as LoRA
 # Hugging Face's parts of Megatron's fused linears: NeMo's module and its target
 PARTS = {
     "q_proj": ("adapter_q", "linear_q"),
@@ -92,27 +96,40 @@ class Place:
     dtype: str
 
 
-def describe(architecture: Architecture, keys: dict[str, Any], base: str, dtype: str, prefix: str = "model.") -> dict[str, Any]:
+def describe(
+    architecture: Architecture, keys: dict[str, Any], base: str, dtype: str, prefix: str = "model.", kind: str = "lora"
+) -> dict[str, Any]:
     """`adapter.json` of a run that trains a new adapter: `keys` are its recipe's (rank, alpha, rslora, dropout, targets).
 
-    `base` names the model, `dtype` is what its weights are trained in, and `prefix` stands for "model." in the base's names.
+    `kind` is the method's of `nemo_ext.adapters`. `base` names the model, `dtype` is what its weights are trained in, `prefix`
+    stands for "model." in the base's names.
     """
     family = families.FAMILIES[architecture.family]
-    settings = adapters.transform_settings(architecture, keys)
+    settings = adapters.transform_settings(architecture, keys, kind)
     names = adapters.targets(architecture.family, keys["targets"])
     parts = [part for slot in slots_of(family, architecture, "canonical_lora") for part in slot.parts]
     parts = [part for part in parts if part.rsplit(".", 1)[1] in names]
-    place = vars(Place(0, keys["rank"], 1.0, dtype))
+    described = {**settings, "base": base, "architecture": architecture.to_dict(), "module_prefix": prefix}
+    if kind == "adalora":
+        described["allocation"] = adapters.allocation(keys)
+    if kind not in PEFT:
+        return {**described, "peft_config": None, "modules": {}}
+    ranks, alphas = adapters.ranks(architecture.family, keys), adapters.alphas(architecture.family, keys)
+    places = {part: vars(Place(0, ranks[part.rsplit(".", 1)[1]], 1.0, dtype)) for part in parts}
     config = peft_config(
         [part.removeprefix("model.layers.{i}.") for part in parts], prefix, keys["rank"], keys["alpha"], keys["dropout"]
     )
+    own = {
+        "base_model_name_or_path": base,
+        "use_rslora": keys["rslora"],
+        "use_dora": kind == "dora",
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != keys["rank"]},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != keys["alpha"]},
+    }
     return {
-        **settings,
-        "base": base,
-        "architecture": architecture.to_dict(),
-        "module_prefix": prefix,
-        "peft_config": {**config, "base_model_name_or_path": base, "use_rslora": keys["rslora"]},
-        "modules": {part.format(i=layer): place for layer in range(architecture.num_layers) for part in parts},
+        **described,
+        "peft_config": {**config, **own},
+        "modules": {part.format(i=layer): place for layer in range(architecture.num_layers) for part, place in places.items()},
     }
 
 
@@ -155,8 +172,8 @@ def find(path: Path, alpha: float | None) -> tuple[Path, dict[str, Any]]:
     settings = run_folder.read_json(file)
     if settings is None or not SETTINGS_KEYS <= set(settings):
         raise UserError(f"{file} does not describe an adapter: copy it again")
-    if alpha is not None and alpha != settings["alpha"]:
-        raise UserError(f"alpha={alpha}, but {file} says {settings['alpha']}: leave alpha= out")
+    if alpha is not None and alpha != settings.get("alpha"):
+        raise UserError(f"alpha={alpha}, but {file} says {settings.get('alpha')}: leave alpha= out")
     return weights, settings
 
 
@@ -193,7 +210,7 @@ def slots_of(family: Family, a: Architecture, kind: str) -> list[Slot]:
     for row in linears(family, a):
         parts = tuple(name.removesuffix(".weight") for name in row.hf)
         linear = row.key.removesuffix(".weight")
-        if len(parts) == 1 or kind != "canonical_lora":
+        if len(parts) == 1 or kind not in CANONICAL:
             slots.append(Slot(f"{linear}.adapter", linear.rsplit(".", 1)[1], parts, row))
             continue
         for part in parts:

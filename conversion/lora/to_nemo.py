@@ -47,19 +47,23 @@ def convert(
     """Convert the PEFT folder `adapter_dir` into the NeMo adapter folder `out_dir` and return that.
 
     `base` is the model that it adapts, a Hugging Face or a NeMo folder; only its configuration is read. `kind` is one of
-    `KINDS`; without it "canonical_lora", or "dora" for an adapter with magnitudes.
+    `KINDS`; without it "canonical_lora", or "dora" for an adapter with magnitudes, which NeMo itself loads.
 
     Raises UserError: what `lora.read` refuses, modules or shapes that the base does not have, and what NeMo's adapters cannot
     hold (embeddings, outputs, experts, replaced modules).
     """
     adapter = lora.read(adapter_dir)
+    if (made := adapter.config["peft_type"]) != "LORA":
+        raise UserError(f"{adapter_dir} is {made}'s, which NeMo does not have: merge it instead")
     kind = _kind(adapter, kind)
     architecture, nemo_base = _architecture(Path(base))
     family = families.FAMILIES[architecture.family]
     placed, prefix = _place(adapter, family, architecture)
     slots = [slot for slot in slots_of(family, architecture, kind) if any(part in placed for part in slot.parts)]
+    if adapter.dora:
+        _check_magnitudes(slots, placed, architecture, adapter)
     if kind == "dora":
-        _check_dora(slots, placed, family, architecture, adapter)
+        refuse_dora(slots, family, architecture, adapter.folder)
     tensors, settings = _compose(adapter, slots, placed, architecture)
     settings = {
         "kind": kind,
@@ -73,7 +77,8 @@ def convert(
     }
     with new_folder(out_dir) as folder:
         weights = folder / nemo_folder.WEIGHTS
-        write(weights, tensors, _extra_states(slots, architecture), progress, workers)
+        extra = {} if kind == "canonical_dora" else _extra_states(slots, architecture)
+        write(weights, tensors, extra, progress, workers)
         if nemo_base:
             (weights / NEMO_METADATA).write_text(json.dumps({"model_ckpt_path": str(nemo_base.absolute())}))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
@@ -85,7 +90,7 @@ def _kind(adapter: Adapter, kind: str | None) -> str:
         return "dora" if adapter.dora else "canonical_lora"
     if kind not in KINDS:
         raise UserError(f"kind={kind} is not one of {', '.join(KINDS)}")
-    if (kind == "dora") != adapter.dora:
+    if kind.endswith("dora") != adapter.dora:
         raise UserError(f"{adapter.folder} {'has' if adapter.dora else 'has no'} DoRA magnitudes: kind={kind} does not hold it")
     return kind
 
@@ -133,8 +138,8 @@ def _place(adapter: Adapter, family: Family, a: Architecture) -> tuple[dict[str,
     return placed, prefix
 
 
-def _check_dora(
-    slots: Sequence[Slot], placed: Mapping[str, Mapping[int, Update]], family: Family, a: Architecture, adapter: Adapter
+def _check_magnitudes(
+    slots: Sequence[Slot], placed: Mapping[str, Mapping[int, Update]], a: Architecture, adapter: Adapter
 ) -> None:
     for part in (part for slot in slots for part in slot.parts):
         if len(placed.get(part, {})) < a.num_layers:
@@ -142,7 +147,6 @@ def _check_dora(
                 f"{adapter.folder} adapts only parts of Megatron's linears by DoRA ({part.format(i='*')} lacks some): "
                 "the magnitudes of the rest depend on the base's weights; merge it instead"
             )
-    refuse_dora(slots, family, a, adapter.folder)
 
 
 def _compose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_ext.architecture import Architecture
@@ -18,6 +19,7 @@ LINEARS = {
     "phi3": {"qkv_proj": "linear_qkv", "o_proj": "linear_proj", "gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"},
 }  # fmt: skip
 MLP = ("linear_fc1", "linear_fc2")
+TRANSFORMS = {"lora": "canonical_lora", "dora": "canonical_dora", "moe_dora": "moe_dora"}  # a method's kind: its transform's
 
 
 def linears(family: str) -> dict[str, str]:
@@ -25,10 +27,10 @@ def linears(family: str) -> dict[str, str]:
     return LINEARS.get(family, {**ATTENTION, **GATED_MLP})
 
 
-def targets(family: str, selected: str | list[str]) -> list[str]:
+def targets(family: str, selected: str | list[str], key: str = "targets") -> list[str]:
     """The linears that "all-linear", "attention", "mlp" and names select, in a layer's order; a string has commas between them.
 
-    Raises UserError where it selects nothing, or names what the family does not have.
+    Raises UserError where it selects nothing, or names what the family does not have; `key` is where it was given.
     """
     known = linears(family)
     mlp = [name for name, target in known.items() if target.startswith(MLP)]
@@ -37,11 +39,42 @@ def targets(family: str, selected: str | list[str]) -> list[str]:
     for name in map(str, selected) if isinstance(selected, list) else filter(None, map(str.strip, str(selected).split(","))):
         if not (found := groups.get(name, [name] if name in known else [])):
             choices = ", ".join([*known, *(group for group, names in groups.items() if names)])
-            raise UserError(f"targets= has {name}, which is no linear of a {family} model: {choices}")
+            raise UserError(f"{key}= has {name}, which is no linear of a {family} model: {choices}")
         wanted += found
     if not wanted:
-        raise UserError(f"targets={selected} names no linear: {', '.join([*known, *groups])}")
+        raise UserError(f"{key}={selected} names no linear: {', '.join([*known, *groups])}")
     return [name for name in known if name in wanted]
+
+
+def ranks(family: str, keys: dict[str, Any]) -> dict[str, int]:
+    """The rank of each linear that a recipe's `targets` select: its own of `ranks`, else `rank`. Raises UserError."""
+    return _assigned(family, keys, "ranks", keys["rank"], int)
+
+
+def alphas(family: str, keys: dict[str, Any]) -> dict[str, float]:
+    """The alpha of each linear that a recipe's `targets` select: its own of `alphas`, else `alpha`. Raises UserError."""
+    return _assigned(family, keys, "alphas", keys["alpha"], float)
+
+
+def _assigned(family: str, keys: dict[str, Any], key: str, default: Any, number: type) -> dict[str, Any]:
+    """{linear: number} from "q_proj:8,mlp:32" or a mapping; `default` for those that it does not name."""
+    chosen, given = targets(family, keys["targets"]), keys.get(key) or {}
+    if not isinstance(given, Mapping):
+        parts = given if isinstance(given, list) else str(given).split(",")
+        given = dict(str(part).strip().rpartition(":")[::2] for part in parts)
+    values = dict.fromkeys(chosen, default)
+    for name, value in given.items():
+        try:
+            found = number(str(value))
+        except ValueError:
+            found = 0
+        if not found > 0:
+            kind = "an integer" if number is int else "a number"
+            raise UserError(f"{key}={name}:{value} must give {kind} above 0 to a linear, as in {key}=q_proj:8,mlp:32")
+        if not (named := [each for each in targets(family, name, key) if each in chosen]):
+            raise UserError(f"{key}={name}:{value}: targets={keys['targets']} has no {name}")
+        values.update(dict.fromkeys(named, found))
+    return values
 
 
 def shape(architecture: Architecture, name: str) -> tuple[int, int]:
@@ -62,22 +95,94 @@ def shape(architecture: Architecture, name: str) -> tuple[int, int]:
     }[target]
 
 
-def num_parameters(architecture: Architecture, names: list[str], rank: int) -> int:
-    """How many parameters A `[rank, in]` and B `[out, rank]` have in all layers."""
-    return architecture.num_layers * rank * sum(sum(shape(architecture, name)) for name in names)
+def num_parameters(architecture: Architecture, names: list[str], rank: int | Mapping[str, int]) -> int:
+    """How many parameters A `[rank, in]` and B `[out, rank]` have in all layers; `rank` of all, or of each by its name."""
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(names, rank)
+    return architecture.num_layers * sum(ranks[name] * sum(shape(architecture, name)) for name in names)
 
 
-def transform_settings(architecture: Architecture, keys: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's keys as the arguments of `nemo_ext.adapters.transforms.transform`.
+def trained(architecture: Architecture, kind: str, keys: dict[str, Any]) -> int:
+    """How many parameters a recipe's adapter has. Raises UserError where its size does not fit."""
+    names = targets(architecture.family, keys["targets"])
+    if kind == "adalora":  # and the singular values
+        if keys["target_rank"] >= keys["init_rank"]:
+            raise UserError(f"target_rank={keys['target_rank']} must be below init_rank={keys['init_rank']}: ranks are cut")
+        return num_parameters(architecture, names, keys["init_rank"]) + architecture.num_layers * keys["init_rank"] * len(names)
+    if kind == "fourierft":
+        return architecture.num_layers * frequencies(architecture, names, keys) * len(names)
+    a_and_b = num_parameters(architecture, names, ranks(architecture.family, keys))
+    if kind == "lora":
+        return a_and_b
+    inputs, outputs = (sum(sides) for sides in zip(*(shape(architecture, name) for name in names), strict=True))
+    layer = a_and_b // architecture.num_layers + outputs  # with the magnitudes
+    if kind == "dora":
+        return architecture.num_layers * layer
+    top = top_layers(architecture, keys)
+    return (architecture.num_layers - top) * layer + top * keys["experts"] * (layer + inputs)
+
+
+def top_layers(architecture: Architecture, keys: dict[str, Any]) -> int:
+    """How many of the last layers have several experts: half of them where it is not said. Raises UserError."""
+    layers = architecture.num_layers
+    if (top := keys["top_layers"] or (layers + 1) // 2) > layers:
+        raise UserError(f"top_layers={top}, but the model has {layers} layers")
+    return top
+
+
+def frequencies(architecture: Architecture, names: list[str], keys: dict[str, Any]) -> int:
+    """How many coefficients FourierFT learns of each of these linears. Raises UserError for more than the smallest has."""
+    smallest = min(names, key=lambda name: math.prod(shape(architecture, name)))
+    inputs, outputs = shape(architecture, smallest)
+    if (count := keys["n_frequency"]) > inputs * outputs:
+        raise UserError(f"n_frequency={count} is more than {smallest} has: {outputs} x {inputs} = {outputs * inputs}")
+    return count
+
+
+def allocation(keys: dict[str, Any]) -> dict[str, Any]:
+    """How AdaLoRA allocates ranks, by `rank_allocation.RankAllocation`'s names. Raises UserError where it has no step for it."""
+    same = ("init_rank", "target_rank", "steps", "importance_decay", "uncertainty_decay", "orthogonality")
+    return {**{name: keys[name] for name in same}, **rank_schedule(keys)}
+
+
+def rank_schedule(keys: dict[str, Any]) -> dict[str, int]:
+    """When AdaLoRA cuts ranks: the steps before and after, and those between two cuts. Raises UserError for too many."""
+    steps = keys["steps"]
+    warmup = steps // 10 if keys["rank_warmup"] is None else keys["rank_warmup"]
+    final = 3 * steps // 10 if keys["rank_final"] is None else keys["rank_final"]
+    if warmup + final >= steps:
+        raise UserError(f"rank_warmup={warmup} and rank_final={final} leave no step of steps={steps} in which ranks are cut")
+    return {"warmup": warmup, "final": final, "interval": keys["delta_t"] or max(1, steps // 100)}
+
+
+def transform_settings(architecture: Architecture, keys: dict[str, Any], kind: str = "lora") -> dict[str, Any]:
+    """A recipe's keys as the arguments of `nemo_ext.adapters.transforms.transform`; `kind` is the method's.
 
     NeMo multiplies B A by alpha / dim: rank-stabilised LoRA's alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732) takes an
-    alpha that is sqrt(rank) times larger.
+    alpha that is sqrt(rank) times larger. `ranks` and `alphas` are what single targets have instead of `dim` and `alpha`.
     """
-    known = linears(architecture.family)
-    return {
-        "kind": "canonical_lora",
-        "target_modules": sorted(known[name] for name in targets(architecture.family, keys["targets"])),
+    family, known = architecture.family, linears(architecture.family)
+    names = targets(family, keys["targets"])
+    where = {"kind": kind, "target_modules": sorted(known[name] for name in names)}
+    if kind == "adalora":
+        return {**where, "dim": keys["init_rank"], "alpha": keys["alpha"], "dropout": keys["dropout"]}
+    if kind == "fourierft":
+        count = frequencies(architecture, names, keys)
+        return {**where, "n_frequency": count, "scaling": keys["scaling"], "frequency_seed": keys["frequency_seed"]}
+    dims, numerators = ranks(family, keys), alphas(family, keys)
+
+    def alpha(value: float, rank: int) -> float:
+        return value * math.sqrt(rank) if keys["rslora"] else value
+
+    settings = {
+        "kind": TRANSFORMS[kind],
+        "target_modules": sorted(known[name] for name in names),
         "dim": keys["rank"],
-        "alpha": keys["alpha"] * math.sqrt(keys["rank"]) if keys["rslora"] else keys["alpha"],
+        "alpha": alpha(keys["alpha"], keys["rank"]),
         "dropout": keys["dropout"],
     }
+    if keys.get("ranks") or keys.get("alphas"):
+        settings["ranks"] = {known[name]: dims[name] for name in names}
+        settings["alphas"] = {known[name]: alpha(numerators[name], dims[name]) for name in names}
+    if kind == "moe_dora":
+        settings |= {"experts": keys["experts"], "top_k": keys["top_k"], "top_layers": top_layers(architecture, keys)}
+    return settings

@@ -13,7 +13,8 @@ that its checkpoints load here and, where NeMo's layer is right, the other way r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,34 +32,61 @@ PARTS = {
     "linear_qkv": {"adapter_q": "linear_q", "adapter_k": "linear_k", "adapter_v": "linear_v"},
     "linear_fc1": {"adapter_gate": "linear_fc1_gate", "adapter_up": "linear_fc1_up"},
 }
+TARGETS = {part: target for parts in PARTS.values() for part, target in parts.items()}
 
 
 class PostNormLoRALinear(LoRALinear):
     """norm(W x + adapter(x)): [s, b, in] -> [s, b, out] for a linear that normalises its output."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super(TERowParallelLinearLayerNorm, self.to_wrap).forward(x, *args, **kwargs)
+        with getattr(self.to_wrap, "dense", nullcontext)():  # its forward is passed by, and with it what NF4 weights need
+            output, bias = super(TERowParallelLinearLayerNorm, self.to_wrap).forward(x, *args, **kwargs)
         return self.to_wrap.post_layernorm(output + self.adapter(x.contiguous()).reshape(output.shape)), bias
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the output features of a fused linear lie: each of `groups` groups has all parts, side by side.
+
+    `widths` are the parts' whole output features by their names, in order. Tensors are this process's: its groups, or its share
+    of every part where there is one group.
+    """
+
+    widths: Mapping[str, int]
+    groups: int
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Some parts' tensors [..., width] -> [..., out], zero for the other parts."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        some = next(iter(tensors.values()))
+        lead = some.shape[:-1]
+        parts = [tensors[name] if name in tensors else some.new_zeros(*lead, w // ranks) for name, w in self.widths.items()]
+        return torch.cat([part.reshape(*lead, self._here(ranks), -1) for part in parts], dim=-1).reshape(*lead, -1)
+
+    def split(self, tensor: Tensor, dim: int) -> dict[str, Tensor]:
+        """Views of the parts of a tensor whose axis `dim` are the output features: two axes in them, [groups, width of each]."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        here = self._here(ranks)
+        dim = dim % tensor.dim()
+        sizes = [width // ranks // here for width in self.widths.values()]
+        return dict(zip(self.widths, tensor.unflatten(dim, (here, -1)).split(sizes, dim + 1), strict=True))
+
+    def _here(self, ranks: int) -> int:
+        return self.groups // ranks if self.groups > 1 else 1
 
 
 class SplitLoRALinear(AdapterWrapper):
     """A fused linear with an adapter for some or all of its parts (`ModuleDict` of `adapter_q`, ...)."""
 
-    def __init__(self, to_wrap: nn.Module, adapter: ModuleDict, widths: Mapping[str, int], groups: int):
-        """`widths` are the whole output features of every part, in order; each of `groups` groups has all parts."""
+    def __init__(self, to_wrap: nn.Module, adapter: ModuleDict, parts: Parts):
         super().__init__(to_wrap, adapter)
-        self.widths, self.groups = widths, groups
+        self.parts = parts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias, x = self.base_linear_forward(x, *args, **kwargs)
         x = x.contiguous()
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        groups = self.groups // ranks if self.groups > 1 else 1
-        parts = []
-        for name, width in self.widths.items():
-            part = self.adapter[name](x) if name in self.adapter else output.new_zeros(*output.shape[:-1], width // ranks)
-            parts.append(part.reshape(*output.shape[:-1], groups, -1))
-        return output + torch.cat(parts, dim=-1).reshape(output.shape), bias
+        change = self.parts.join({name: adapter(x) for name, adapter in self.adapter.items()})
+        return output + change.reshape(output.shape), bias
 
 
 @dataclass
@@ -74,7 +102,11 @@ class CanonicalLoRA(canonical_lora.CanonicalLoRA):
     """One adapter for each linear that Hugging Face has, which is what PEFT trains, at any number of query groups.
 
     `target_modules` may also name `linear_qkv` and `linear_fc1`, for a model whose Hugging Face form has them in one (Phi-3).
+    `ranks` and `alphas` are what single targets have instead of `dim` and `alpha`.
     """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         targets = self.target_modules
@@ -100,15 +132,21 @@ class CanonicalLoRA(canonical_lora.CanonicalLoRA):
         _, _, width, *_ = get_adapter_attributes_from_linear(m)
         widths = {part: width * share // sum(shares) for part, share in zip(PARTS[name], shares, strict=True)}
         adapters = {p: self.adapter(m, widths[p], p, full_name) for p, target in PARTS[name].items() if target in targets}
-        return self.split(m, ModuleDict(adapters), widths, groups)
+        return self.split(m, ModuleDict(adapters), Parts(widths, groups))
+
+    def of(self, part: str, full_name: str) -> tuple[str, int, float]:
+        """The target that a part of a linear is, its rank and its alpha."""
+        target = TARGETS.get(part, full_name.rsplit(".", 1)[-1])
+        return target, self.ranks.get(target, self.dim), self.alphas.get(target, self.alpha)
 
     def adapter(self, m: nn.Module, width: int, part: str, full_name: str) -> nn.Module:
         """The adapter of `width` of m's output features; `part` names it for NeMo, which saves some by their names."""
         input_is_parallel, in_features, _, no_sequence_comm, is_parallel = get_adapter_attributes_from_linear(m)
+        _, rank, alpha = self.of(part, full_name)
         return ParallelLinearAdapter(
             in_features,
             width,
-            self.dim,
+            rank,
             base_linear_name=part,
             activation="identity",
             column_init_method=self.lora_A_init_method,
@@ -117,7 +155,7 @@ class CanonicalLoRA(canonical_lora.CanonicalLoRA):
             dropout=self.dropout,
             dropout_position=self.dropout_position,
             model_parallel_config=m.config,
-            alpha=self.alpha,
+            alpha=alpha,
             is_expert=is_expert_linear(full_name),
             disable_sequence_parallel_comm=no_sequence_comm,
             base_linear_is_parallel=is_parallel,
@@ -127,9 +165,9 @@ class CanonicalLoRA(canonical_lora.CanonicalLoRA):
         """The linear with one adapter for all of its output."""
         return LoRALinear(m, adapter)
 
-    def split(self, m: nn.Module, adapters: ModuleDict, widths: Mapping[str, int], groups: int) -> nn.Module:
+    def split(self, m: nn.Module, adapters: ModuleDict, parts: Parts) -> nn.Module:
         """The fused linear with an adapter for some or all of its parts."""
-        return SplitLoRALinear(m, adapters, widths, groups)
+        return SplitLoRALinear(m, adapters, parts)
 
 
 def _put_right(module: nn.Module) -> nn.Module:

@@ -9,10 +9,10 @@ Importing this module imports NeMo; call `nemo_ext.platform.activate()` first.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from nemo.lightning import MegatronStrategy
 from torch import nn
 
 from nemo_ext.adapters import transforms
+from nemo_ext.adapters.adalora import SVDAdapter
+from nemo_ext.adapters.fourierft import SpectralAdapter
+from nemo_ext.adapters.initial import generator
 
 
 class AdapterStrategy(MegatronStrategy):
@@ -28,11 +31,41 @@ class AdapterStrategy(MegatronStrategy):
 
     `adapter` are the arguments of `transforms.transform`; `seed` draws A, the same at every layout, B is zero. Without `base`
     (None) the base is random. A checkpoint has the adapter's weights and optimizer states; `base` is read at every start.
+    `nf4` keeps the linears of the base's layers in 4 bits: the arguments of `nf4.quantizing`.
     """
 
-    def __init__(self, *arguments: Any, adapter: dict[str, Any], seed: int, base: str | None = None, **options: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        adapter: dict[str, Any],
+        seed: int,
+        base: str | None = None,
+        nf4: dict[str, Any] | None = None,
+        **options: Any,
+    ):
         super().__init__(*arguments, **options)
-        self.adapter, self.seed, self.base = adapter, seed, base
+        self.adapter, self.seed, self.base, self.nf4 = adapter, seed, base, nf4
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """The context in which a model is built."""
+        with super().model_sharded_context(), self._quantizing():
+            yield
+
+    def setup_megatron_parallel(self, trainer: Any) -> None:
+        """Also builds the other chunks of a pipeline stage."""
+        with self._quantizing():
+            super().setup_megatron_parallel(trainer)
+
+    @contextmanager
+    def _quantizing(self) -> Iterator[None]:
+        if self.nf4 is None:
+            yield
+            return
+        from nemo_ext.adapters import nf4  # and with it bitsandbytes
+
+        with nf4.quantizing(**self.nf4, random=self.base is None):
+            yield
 
     def init_model_parallel(self) -> None:
         """Called once the modules of all pipeline chunks are there and before they are wrapped."""
@@ -43,6 +76,10 @@ class AdapterStrategy(MegatronStrategy):
             wanted = states[0] if model.vp_size is None else {f"model_{i}": state for i, state in enumerate(states)}
             loaded = self.checkpoint_io.load_checkpoint(self.base, sharded_state_dict={"state_dict": wanted})
             super().load_model_state_dict({"state_dict": loaded["state_dict"]})
+            if self.nf4 is not None:
+                from nemo_ext.adapters import nf4
+
+                nf4.load(model, self.base, metadata)
         for chunk in model:
             put_adapter(chunk.module, self.adapter, self.seed)
         whole = model.sharded_state_dict
@@ -59,7 +96,7 @@ def _signature() -> inspect.Signature:
     own = inspect.signature(AdapterStrategy.__init__).parameters
     known = dict(inspect.signature(MegatronStrategy).parameters)
     options = known.pop("kwargs")
-    added = [own[name] for name in ("adapter", "seed", "base")]
+    added = [own[name] for name in ("adapter", "seed", "base", "nf4")]
     return inspect.Signature([*known.values(), *added, options])
 
 
@@ -71,8 +108,11 @@ def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Non
     transforms.apply(transforms.transform(settings), model)
     for layer in model.decoder.layers:
         for name, parameter in layer.named_parameters():
-            if name.endswith("linear_in.weight"):
+            if name.endswith(("linear_in.weight", "router.weight")) and ".adapter." in name:
                 draw(parameter, f"{seed} {layer.layer_number} {name}")
+        for name, module in layer.named_modules():
+            if isinstance(module, (SVDAdapter, SpectralAdapter)):
+                module.draw(f"{seed} {layer.layer_number} {name}")
     if model.pre_process and model.config.recompute_granularity is not None:
         model.embedding.register_forward_hook(_with_gradient)
 
@@ -80,12 +120,11 @@ def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Non
 def draw(parameter: nn.Parameter, words: str) -> None:
     """Fill this process's shard of an A `[rank, in]`, uniformly in +-1/sqrt(in) as PEFT does, determined by `words` alone."""
     shape, dim = list(parameter.shape), parameter.partition_dim
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    ranks = parallel_state.get_tensor_model_parallel_world_size() if parameter.tensor_model_parallel else 1
     shape[dim] *= ranks
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little"))
-    whole = torch.rand(shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(shape[1]))
+    whole = torch.rand(shape, generator=generator(words)).mul_(2).sub_(1).div_(math.sqrt(shape[1]))
     with torch.no_grad():
-        parameter.copy_(whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank()])
+        parameter.copy_(whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank() % ranks])
 
 
 def only_adapters(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_ext import run_folder
-from nemo_ext.disk import write_atomic
-from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
+from nemo_ext.callbacks import sinks
+from nemo_ext.errors import RunError, explain, is_lost_connection
 from nemo_ext.platform import hardware
 
 GIB = 1024**3
@@ -59,7 +59,7 @@ class MetricsCallback(pl.Callback):
         log_every: int = 1,
     ) -> None:
         if wandb:
-            _import_wandb()
+            sinks.import_wandb()
         self.run_dir = run_dir
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
@@ -79,7 +79,7 @@ class MetricsCallback(pl.Callback):
         self._mark: float | None = None  # when the running step began
         self._pending: tuple[dict[str, Any], Any] | None = None  # a step's record and its loss, still on the device
         self._val_losses: list[Any] = []
-        self._sinks: list[_TensorBoard | _WandB] = []
+        self._sinks: list[sinks.Sink] = []
 
     # Hooks, in the order in which Lightning calls them.
 
@@ -90,8 +90,9 @@ class MetricsCallback(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._set_phase("training", trainer.global_step)
-        if trainer.optimizers:  # the schedule moves on before the batch ends; layer-wise decay scales the highest rate down
-            self._lr = max((group["lr"] for group in trainer.optimizers[0].param_groups), default=None)
+        if trainer.optimizers:  # the schedule moves on before the batch ends; NeMo multiplies a group's by `pre_lr_mult`
+            rates = (group["lr"] / group.get("pre_lr_mult", 1.0) for group in trainer.optimizers[0].param_groups)
+            self._lr = max(rates, default=None)
         if self._mark is None:
             self._mark = time.perf_counter()
 
@@ -118,6 +119,8 @@ class MetricsCallback(pl.Callback):
                 "tokens": self._tokens,
                 "time": time.time(),
             }
+            for callback in trainer.callbacks:
+                record |= getattr(callback, "figures", {})
             self._pending = record, loss
         if self._grad_norm is not None and not math.isfinite(self._grad_norm):
             self._flush(final=True)
@@ -185,10 +188,7 @@ class MetricsCallback(pl.Callback):
             kept = run_folder.truncate_records(self.run_dir, step)
             self._tokens = next((r["tokens"] for r in reversed(kept) if r["step"] == step and r.get("tokens")), self._tokens)
         self._started = time.time()
-        if self.tensorboard:
-            self._sinks.append(_TensorBoard(self.run_dir, step))
-        if self.wandb:
-            self._sinks.append(_WandB(self.run_dir, self.wandb, step))
+        self._sinks = sinks.open_sinks(self.run_dir, step, self.tensorboard, self.wandb)
 
     def _watch_grad_norm(self, trainer: pl.Trainer) -> None:
         """Keep the gradient norm that Megatron's optimizer returns from a step: Lightning's logged copy costs a device sync."""
@@ -240,53 +240,6 @@ class MetricsCallback(pl.Callback):
         for sink in self._sinks:
             sink.close()
         self._sinks = []
-
-
-class _TensorBoard:
-    """Events in the run's folder, a tag per figure; those of a run that is resumed end where it resumes."""
-
-    def __init__(self, run_dir: str, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(Path(run_dir) / run_folder.TENSORBOARD), purge_step=step + 1 if step else None)
-
-    def write(self, record: dict[str, Any]) -> None:
-        for tag, value in _figures(record).items():
-            self._writer.add_scalar(tag, value, record["step"], walltime=record["time"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    """A Weights & Biases run of the folder's name. Its identifier is kept in the folder, so that a resumed run continues it."""
-
-    def __init__(self, run_dir: str, project: str, step: int) -> None:
-        wandb = _import_wandb()
-        name = Path(run_dir).resolve().name
-        known = Path(run_dir) / "wandb" / "id"
-        identifier = known.read_text().strip() if step and known.exists() else wandb.util.generate_id()
-        write_atomic(known, identifier + "\n")
-        self._run = wandb.init(project=project, name=name, id=identifier, dir=run_dir, resume="allow")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._run.log(_figures(record), step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _figures(record: dict[str, Any]) -> dict[str, float]:
-    """What of a record is a curve."""
-    return {key: value for key, value in record.items() if key not in ("step", "time") and value is not None}
-
-
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb= is set but Weights & Biases is not installed: pip install wandb, or leave wandb= out") from error
-    return wandb
 
 
 def _roles(trainer: pl.Trainer) -> tuple[bool, bool]:

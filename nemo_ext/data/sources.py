@@ -22,9 +22,11 @@ SUFFIXES = {
 COMPRESSIONS = (".gz", ".zst")
 DOCUMENTS = ("text", "lines", "parquet")  # kinds of files that hold texts
 RECORDS = ("lines", "array", "table", "parquet")  # kinds of files that hold records of several fields
+PROBLEMS = (*RECORDS, "reasoning-gym")  # records, or generated problems
 KNOWN = {
     DOCUMENTS: "text (.txt .md .rst), .jsonl (these also .gz or .zst) or .parquet",
     RECORDS: ".jsonl, .json, .csv or .tsv (these also .gz or .zst) or .parquet",
+    PROBLEMS: ".jsonl, .json, .csv or .tsv (these also .gz or .zst) or .parquet",
 }
 
 _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
@@ -39,7 +41,7 @@ class Source:
     """
 
     name: str
-    kind: Literal["files", "dataset", "hub", "python-docs"]
+    kind: Literal["files", "dataset", "hub", "python-docs", "reasoning-gym"]
     weight: float | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     chosen: bool = False
@@ -50,7 +52,7 @@ def parse(data: str | Mapping | Iterable, kinds: tuple[str, ...] = DOCUMENTS) ->
 
     Without weights, sources are blended in proportion to their tokens. With weights, all must carry one; they are relative and
     need not add up to one. A name ending in ":number" that exists on disk as written is a name, not a weight.
-    `kinds` are the kinds of files to read: DOCUMENTS, or RECORDS.
+    `kinds` are what to read: DOCUMENTS, RECORDS, or PROBLEMS, among which reasoning-gym:TASK:setting=value is one.
     Raises UserError where a source does not exist, matches nothing, or is of an unknown type, and for weights that are not
     positive or not on all sources.
     """
@@ -70,7 +72,7 @@ def file_kind(path: Path, kinds: tuple[str, ...] = DOCUMENTS) -> str | None:
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     if compressed:
         suffixes.pop()
-    kind = next((kind for kind in kinds if suffixes and suffixes[-1] in SUFFIXES[kind]), None)
+    kind = next((kind for kind in kinds if suffixes and suffixes[-1] in SUFFIXES.get(kind, ())), None)
     return None if compressed and kind == "parquet" else kind
 
 
@@ -113,6 +115,8 @@ def _resolve(name: str, weight: float | None, kinds: tuple[str, ...]) -> Source:
         if not name[3:].strip(":"):
             raise UserError("data=hf: needs a name, as in hf:wikitext:wikitext-2-raw-v1")
         return Source(name, "hub", weight)
+    if name.startswith("reasoning-gym:") and "reasoning-gym" in kinds:
+        return Source(name, "reasoning-gym", weight)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

@@ -137,7 +137,7 @@ class Model:
         import torch
         from transformers import GenerationConfig
 
-        ends = sorted(self._end_ids())
+        ends = sorted(self.end_ids())
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
         config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
@@ -172,7 +172,7 @@ class Model:
         complete = length is not None or cut is not None
         return Answer(text[:cut].strip(), len(ids) if length is None else length, complete)
 
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
         """End tokens of the generation configuration and the tokenizer."""
         configured = self.network.generation_config.eos_token_id
         ends = set(configured if isinstance(configured, list) else [configured])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import local, run
+from launchers import folder, local, run
 from nemo_ext import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def test_a_full_disk_is_seen_before_the_start(command, monkeypatch):
 
 
 def test_a_folder_that_another_command_uses(command):
-    with run._owned(Path("busy").absolute()):
+    with folder.owned(Path("busy").absolute()):
         refused(command("out=busy"), "another command is running there")
 
 
@@ -207,15 +207,15 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):
         (folder / "weights" / "part").write_bytes(b"12345678")
         run_folder.write_manifest(folder)
     (tmp_path / "checkpoints" / "step-000006.partial").mkdir()
-    assert run._usable_checkpoint(tmp_path)[0] == 4
+    assert folder.usable_checkpoint(tmp_path)[0] == 4
     (tmp_path / "checkpoints" / "step-000004" / "weights" / "part").write_bytes(b"1234")
-    assert run._usable_checkpoint(tmp_path)[0] == 2
+    assert folder.usable_checkpoint(tmp_path)[0] == 2
     assert "step-000004 is damaged (weights/part has 4 bytes and not 8)" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004.damaged"]
     (tmp_path / "checkpoints" / "step-000002" / "weights" / "part").unlink()
     for _ in range(2):  # and not a silent start from the beginning the second time
         with pytest.raises(run.UserError, match="no checkpoint is left undamaged"):
-            run._usable_checkpoint(tmp_path)
+            folder.usable_checkpoint(tmp_path)
 
 
 def test_plan_needs_and_writes_nothing(command, tmp_path):

@@ -29,7 +29,7 @@ class Optimizer:
     """Returns what Megatron's optimizer returns: (loss, gradient norm, zeros)."""
 
     def __init__(self) -> None:
-        self.param_groups = [{"lr": 0.5}, {"lr": 1.0}]
+        self.param_groups = [{"lr": 0.5, "pre_lr_mult": 0.5}, {"lr": 1.0, "pre_lr_mult": 1.0}]
         self.norms = iter(())
 
     def step(self, closure=None):
@@ -65,6 +65,7 @@ class Run:
             num_sanity_val_steps=0,
             state=SimpleNamespace(fn=fn),
             datamodule=SimpleNamespace(),
+            callbacks=[],
         )
         options = {"tensorboard": False, **options}
         self.callback = metrics.MetricsCallback(str(run_dir), TOKENS, 1e9, num_devices=2, max_steps=max_steps, **options)
@@ -130,6 +131,23 @@ def test_a_line_per_step_and_validation(tmp_path):
     assert (training[1]["grad_norm"], training[1]["tokens"]) == (None, 200)
     assert [(v["step"], v["val_loss"]) for v in validations] == [(0, 3.0), (2, 1.25)]
     assert [v["val_ppl"] for v in validations] == pytest.approx([math.exp(3.0), math.exp(1.25)])
+
+
+def test_the_learning_rate_is_the_schedules(tmp_path):
+    """Not that of a group which NeMo has multiplied, as LoRA+ does B's."""
+    run = Run(tmp_path).start()
+    run.optimizer.param_groups = [{"lr": 1e-3, "pre_lr_mult": 1.0}, {"lr": 1.6e-2, "pre_lr_mult": 16.0}]
+    run.train(1.0)
+    run.end()
+    assert run_folder.read_records(tmp_path)[0][0]["lr"] == pytest.approx(1e-3)
+
+
+def test_other_callbacks_figures_are_in_the_step(tmp_path):
+    run = Run(tmp_path).start()
+    run.trainer.callbacks = [SimpleNamespace(figures={"balance": 1.5}), SimpleNamespace()]
+    run.train(1.0)
+    run.end()
+    assert run_folder.read_records(tmp_path)[0][0]["balance"] == 1.5
 
 
 def test_validation_and_saving_are_in_no_step_time(tmp_path):

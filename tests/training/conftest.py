@@ -51,10 +51,10 @@ def corpus(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, dict]:
     """{"tied": ..., "untied": ..., "mixtral": ...}: random Hugging Face models of four layers, converted to Megatron's format:
-    two Llamas, a Mixtral without the balancing loss, which Hugging Face and Megatron count differently, and families whose
+    three Llamas, a Mixtral without the balancing loss, which Hugging Face and Megatron count differently, and families whose
     layers are unlike a Llama's."""
     import torch
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, PhiConfig, StableLmConfig
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, Phi3Config, PhiConfig, StableLmConfig
     from transformers import StableLmPreTrainedModel as StableLm
 
     from conversion.hf_to_nemo import convert
@@ -64,8 +64,10 @@ def models(tmp_path_factory) -> dict[str, dict]:
     configs = {
         "tied": LlamaConfig(**sizes, intermediate_size=176, tie_word_embeddings=True),
         "untied": LlamaConfig(**sizes, intermediate_size=176, tie_word_embeddings=False),
+        "wide": LlamaConfig(**{**sizes, "hidden_size": 128}, intermediate_size=256, tie_word_embeddings=True),
         "mixtral": MixtralConfig(**sizes, intermediate_size=96, num_local_experts=4, router_aux_loss_coef=0.0),
         "phi": PhiConfig(**sizes, intermediate_size=176),
+        "phi3": Phi3Config(**sizes, intermediate_size=176, pad_token_id=None),
         "gemma2": Gemma2Config(**sizes, intermediate_size=176, head_dim=16, sliding_window=20, query_pre_attn_scalar=24,
                                attn_logit_softcapping=2.0, final_logit_softcapping=5.0, pad_token_id=None),
         "stablelm_12b": StableLmConfig(**sizes, intermediate_size=176, qk_layernorm=True, use_parallel_residual=True),

@@ -99,12 +99,12 @@ def rows(chats, tokenizer, count):
     return TrainingRows(samples, [None], RowBuilder(SEQ, eod, samples[0].unit, "none"), False, count, 1234)
 
 
-def peft_model(hf, probe, targets, **settings):
-    """PEFT's model with the A that the run began with."""
+def peft_model(hf, probe, targets, base=None, **settings):
+    """PEFT's model, of `base` if it is not the folder's, with the A that the run began with."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    base = LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager").float()
+    base = base or LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager").float()
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     places = {"adapter_q": "q_proj", "adapter_k": "k_proj", "adapter_v": "v_proj", "adapter_gate": "gate_proj",

@@ -80,6 +80,11 @@ class ChatDataModule(CorpusDataModule):
         """Rows of each source that one pass over its training conversations takes. After `setup("fit")`."""
         return [len(source.packing) for source in self._train.sources]
 
+    def learnt(self, step: int) -> int:
+        """The weight of all tokens that training step `step` (from 0) learns, over all ranks. After `setup("fit")`."""
+        size = self.global_batch_size
+        return sum(self._train.weight(row) for row in range(step * size, (step + 1) * size))
+
     def setup(self, stage: str = "") -> None:
         """Map the samples and pack them. The same on every rank, without a word between them."""
         from megatron.core import parallel_state
@@ -139,6 +144,10 @@ class RowBuilder:
             row["max_seqlen"] = np.array([np.diff(ends).max()], np.int32)
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in row.items()}
 
+    def weight(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
+        """The sum of the loss mask of a row of these documents."""
+        return sum(int((weights[1:] // self.unit).sum(dtype=np.int64)) for _, weights in documents)
+
 
 class _Source:
     """The samples of one source, and how they share rows."""
@@ -182,8 +191,15 @@ class TrainingRows(torch.utils.data.Dataset):
         return len(self.source_of)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return self.rows.row(self._documents(number))
+
+    def weight(self, number: int) -> int:
+        """The sum of a row's loss mask."""
+        return self.rows.weight(self._documents(number))
+
+    def _documents(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         source = int(self.source_of[number])
-        return self.rows.row(self.sources[source].documents(int(self.row_of[number]), [self.seed, source]))
+        return self.sources[source].documents(int(self.row_of[number]), [self.seed, source])
 
 
 def blend(shares: Sequence[float], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +249,7 @@ class HeldoutRows(torch.utils.data.Dataset):
         return [source.samples[int(item)] for item in source.packing[place[1]]]
 
     def _weight(self, place: tuple[int, int]) -> int:
-        return sum(int((weights[1:] // self.rows.unit).sum(dtype=np.int64)) for _, weights in self.documents(place))
+        return self.rows.weight(self.documents(place))
 
 
 class _WeightedByTokens(MegatronDataSampler):

@@ -13,6 +13,7 @@ the turns whose text is what the model sees when it has to write them.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import re
@@ -246,25 +247,29 @@ class Renderer:
     def _fitting(self, conversation: Conversation, group: list[int], turns: list[int]) -> tuple[Sample | None, bool]:
         """The sample of a group, and whether turns at its end had to go to make it fit."""
         limit = self.settings.seq_length + 1  # the last token is only predicted
-        group, shorter = list(group), False
-        while group:
-            sample = self._sample(conversation, group)
-            if len(sample.ids) <= limit:
-                return sample, shorter
-            shorter = True
-            if self.settings.overlong == "drop":
-                return None, True
-            if self.settings.train_on == "all":  # end on an assistant's turn, trained or not
-                group = [turn for turn in turns if turn < group[-1]][-1:]
-            else:
-                group.pop()
-        return None, shorter
 
-    def _sample(self, conversation: Conversation, group: list[int]) -> Sample:
-        """The text up to the group's last turn, tokenised at once, with the weights of its turns."""
+        def tokenised(group: list[int]) -> tuple:
+            text, marked = self._render(conversation, conversation.messages[: group[-1] + 1])
+            return text, marked, self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+
+        whole = tokenised(group)
+        if len(whole[-1].ids) <= limit:
+            return self._sample(conversation, group, *whole), False
+        if self.settings.overlong == "drop":
+            return None, True
+        if self.settings.train_on == "all":  # end on an assistant's turn, trained or not
+            shorter = [[turn] for turn in turns if turn < group[-1]]
+        else:
+            shorter = [group[:count] for count in range(1, len(group))]
+        fitting = bisect.bisect_left(shorter, True, key=lambda each: len(tokenised(each)[-1].ids) > limit)
+        if not fitting:
+            return None, True
+        group = shorter[fitting - 1]
+        return self._sample(conversation, group, *tokenised(group)), True
+
+    def _sample(self, conversation: Conversation, group: list[int], text: str, marked: list | None, encoding: Any) -> Sample:
+        """The text up to the group's last turn and its tokens, with the weights of its turns."""
         messages = conversation.messages[: group[-1] + 1]
-        text, marked = self._render(conversation, messages)
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int64)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         if self.settings.train_on == "all":

@@ -1,0 +1,93 @@
+"""Who writes a run's folder, whether a command may continue what is in it, and from where."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launchers import grammar
+from nemo_ext import run_folder
+from nemo_ext.disk import LOCK, held
+from nemo_ext.errors import UserError, free_bytes
+
+GIB = 2**30
+
+
+@contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder: two commands never write into one. A new one goes again if nothing came to lie in it."""
+    new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    with held(run_dir):
+        try:
+            yield
+        finally:
+            if new and [path.name for path in run_dir.iterdir()] == [LOCK]:
+                (run_dir / LOCK).unlink()
+                for folder in new:
+                    folder.rmdir()
+
+
+def check_same_run(
+    run_dir: Path, recipe: str, keys: dict[str, Any], overrides: dict[str, Any], *, free: set[str], defaults: dict[str, Any]
+) -> None:
+    """A folder continues only the run it holds: refuse other values of what decides the result, which `free` keys do not.
+
+    `defaults` stand for keys that are newer than the folder. Raises UserError.
+    """
+    if not (run_dir / run_folder.CONFIG).is_file():
+        return
+    try:
+        held = grammar.read_config(run_dir / run_folder.CONFIG)
+    except UserError as error:
+        raise UserError(f"out={run_dir} holds a run that cannot be read ({error}): give another out=") from None
+    wanted = {"recipe": recipe, **keys, **overrides}
+    changed = [k for k, v in wanted.items() if k not in free and held.get(k, defaults.get(k)) != v]
+    changed += [k for k in held if "." in k and k not in overrides]
+    if changed:
+        shown = ", ".join(f"{k}={held.get(k)} and not {wanted.get(k)}" for k in changed[:3])
+        raise UserError(f"out={run_dir} holds a run with {shown}: give another out=, or the same keys to continue it")
+
+
+def complete(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has made all its steps."""
+    summary = run_folder.read_json(run_dir / run_folder.SUMMARY_JSON)
+    if summary is None or not (run_dir / run_folder.CONFIG).is_file():
+        return None
+    steps = grammar.read_config(run_dir / run_folder.CONFIG).get("steps")
+    return summary if steps and summary.get("steps", 0) >= steps else None
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
+    """The newest checkpoint as (step, path)."""
+    return run_folder.newest_checkpoint(run_dir / run_folder.CHECKPOINTS)
+
+
+def usable_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
+    """The newest checkpoint that is as it was written. Half-written ones are removed, damaged ones set aside."""
+    run_folder.clear_partial(run_dir / run_folder.CHECKPOINTS)
+    while (found := newest_checkpoint(run_dir)) and (damage := run_folder.damage(found[1])):
+        aside = found[1].with_name(found[1].name + run_folder.DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        found[1].rename(aside)
+        print(f"{found[1]} is damaged ({damage}): set aside as {aside.name}", file=sys.stderr)
+    if not found and any((run_dir / run_folder.CHECKPOINTS).glob(f"*{run_folder.DAMAGED}")):
+        raise UserError(f"out={run_dir}: no checkpoint is left undamaged: give another out=, or remove the folder to start anew")
+    return found
+
+
+def check_disk(run_dir: Path, bytes_each: float, keys: dict[str, Any]) -> None:
+    """Refuse a run whose checkpoints, of `bytes_each`, will not fit: `keep` of them and one being written. Raises UserError."""
+    if not keys["keep"]:
+        return
+    count = min(keys["keep"], max(1, keys["steps"] // keys["every"]))
+    count += 1 - len(run_folder.checkpoints(run_dir / run_folder.CHECKPOINTS))  # of an earlier start: they are there
+    need, free = bytes_each * count, free_bytes(run_dir)
+    if need > free:
+        raise UserError(
+            f"out={run_dir}: checkpoints need {need / GIB:.1f} GiB (keep={keys['keep']} and one being written), "
+            f"{free / GIB:.1f} GiB are free: make space, lower keep= or give another out="
+        )

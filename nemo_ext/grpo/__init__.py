@@ -1,0 +1,1 @@
+"""Learning to reason by reinforcement: the problems, and the two engines that train on them."""

@@ -1,0 +1,289 @@
+"""TRL's GRPOTrainer, with what it does otherwise than our keys say, or not at all.
+
+Changed, each in the one method that TRL has for it (TRL 1.16.0):
+
+`_get_train_sampler`             problems in an order that a resumed run finds again, across passes
+`_tokenize_prompts`              prompts are token ids already
+`_generate_single_turn`          `sampling.sample`, which reads a prompt once for its group; vLLM stays TRL's
+`_calculate_rewards`             our rewards, which see the whole record
+`_generate_and_score_completions`  advantages by our keys (leave-one-out among them), and dynamic sampling
+`_get_per_token_logps_and_entropies`  a prompt is read once for all its answers in training too
+`create_scheduler`, `_save_checkpoint`  the schedule and the checkpoints of our other runs
+
+Loss, clipping, KL and the mask of truncated answers are TRL's own. Import after `nemo_ext.platform.activate()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import DynamicCache
+from trl import GRPOTrainer
+from trl.trainer.utils import pad
+
+from nemo_ext import run_folder
+from nemo_ext.disk import sync, sync_tree
+from nemo_ext.errors import RunError
+from nemo_ext.grpo.advantages import advantages, equal_groups, problem_order, spare_problems
+from nemo_ext.grpo.sampling import sample
+from nemo_ext.optim import schedule_factor
+from nemo_ext.rewards import Reward
+
+LEFT = ("prompt_ids", "prompt_mask")  # padded on the left; what else is a matrix, on the right
+
+
+class Trainer(GRPOTrainer):
+    """`rows` are problems of `nemo_ext.grpo.data`, `keys` those of a GRPO recipe with every choice made."""
+
+    def __init__(self, keys: dict[str, Any], rows: Sequence[dict[str, Any]], reward: Reward, **trl: Any) -> None:
+        self.keys, self.rows, self.reward = keys, rows, reward
+        self.spent = {"generation": 0.0, "scoring": 0.0}  # seconds in the running step
+        self.figures: dict[str, float] = {}  # of the running step's answers
+        super().__init__(
+            reward_funcs=[_reward], train_dataset=Dataset.from_dict({"prompt": list(map(str, range(len(rows))))}), **trl
+        )
+        for model in (self.model, self.ref_model):
+            if model is not None and model.base_model is model:  # Gemma 3's text model names another part than it has
+                model.base_model_prefix = "model"
+
+    # Problems
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> list[int]:
+        """Places of problems: each step's, `group` times in a row, and the step's batch once for each of its backward passes."""
+        keys = self.keys
+        order = problem_order(len(self.rows), keys["steps"] * keys["prompts"], keys["seed"])
+        batches = (order[begin : begin + keys["prompts"]] for begin in range(0, len(order), keys["prompts"]))
+        return [
+            place
+            for batch in batches
+            for _ in range(self.args.steps_per_generation)
+            for place in batch
+            for _ in range(keys["group"])
+        ]
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+        return [self.rows[int(prompt)]["ids"] for prompt in prompts], None, {}
+
+    # Answers
+
+    def answers(self, rows: Sequence[dict[str, Any]], seed: int, batch: int) -> Iterator[list[list[int]]]:
+        """One answer to each of `rows` by the present weights, `batch` at a time: token ids."""
+        for begin in range(0, len(rows), batch):
+            torch.manual_seed(seed + begin)
+            yield self._generate_single_turn([row["ids"] for row in rows[begin : begin + batch]], None, {}, 1)[0]
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        with self._timed("generation"):
+            if self.use_vllm:
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+            model = self.accelerator.unwrap_model(self.model)
+            training = model.training
+            model.eval()
+            try:
+                with self.accelerator.autocast():
+                    found = sample(
+                        model, prompt_ids[::num_generations], num_generations, max_answer=self.max_completion_length,
+                        temperature=self.temperature, top_p=self.top_p, ends=self.eos_token_ids, pad=self._tokenizer.pad_token_id,
+                    )  # fmt: skip
+            finally:
+                model.train(training)
+            return found, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        """float [answers, 1]."""
+        with self._timed("scoring"):
+            scores = self.reward.score(completions, [self.rows[int(prompt)] for prompt in prompts])
+        self._scores.append(scores)
+        self._sampled += completion_ids_list
+        if scores.message and not self._complained:
+            print(f"a reward failed and counts as 0: {scores.message}", flush=True)
+            self._complained = True
+        return torch.tensor(scores.total, dtype=torch.float32, device=self.accelerator.device)[:, None]
+
+    _complained = False
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout with our advantages; with dynamic sampling, of groups whose rewards are not all equal."""
+        keys, step = self.keys, self.state.global_step + 1
+        self._scores, self._sampled = [], []
+        batches = [super()._generate_and_score_completions(inputs)]
+        while keys["dynamic_sampling"] and (short := keys["prompts"] - int((~equal_groups(self._rewards())).sum())) > 0:
+            if len(batches) == keys["dynamic_limit"]:
+                raise RunError(
+                    f"dynamic_sampling: step {step} lacks {short} of prompts={keys['prompts']} groups with unequal rewards after "
+                    f"{len(batches)} batches: raise dynamic_limit=, or drop too easy and too hard problems with filter=true"
+                )
+            batches.append(super()._generate_and_score_completions(self._more(inputs, len(batches), step)))
+        rewards = self._rewards()
+        self._note(batches, rewards)
+        batch = _joined(batches, self._tokenizer.pad_token_id) if len(batches) > 1 else batches[0]
+        batch["advantages"] = advantages(rewards, keys["normalize"], keys["leave_one_out"]).flatten()
+        if len(batches) > 1:
+            chosen = (~equal_groups(rewards)).nonzero()[: keys["prompts"], 0]
+            places = (chosen[:, None] * keys["group"] + torch.arange(keys["group"], device=chosen.device)).flatten()
+            batch = {name: value[places] if value.ndim else value for name, value in batch.items()}
+            batch["num_items_in_batch"] = batch["completion_mask"].sum()
+        return batch
+
+    def _rewards(self) -> torch.Tensor:
+        """Of all answers of this step so far, float [problems, group]."""
+        values = [value for scores in self._scores for value in scores.total]
+        return torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).view(-1, self.keys["group"])
+
+    def _more(self, inputs: list[dict[str, Any]], number: int, step: int) -> list[dict[str, Any]]:
+        """Other problems for batch `number` of a step."""
+        prompts, group = self.keys["prompts"], self.keys["group"]
+        used = {int(row["prompt"]) for row in inputs}
+        spare = [place for place in spare_problems(len(self.rows), self.keys["seed"], step) if place not in used]
+        chosen = spare[(number - 1) * prompts : number * prompts]
+        if len(chosen) < prompts:
+            raise RunError(f"dynamic_sampling: step {step} has tried all {len(self.rows):,} problems: give more of them")
+        return [{"prompt": str(place)} for place in chosen for _ in range(group)]
+
+    def _note(self, batches: list[dict[str, Any]], rewards: torch.Tensor) -> None:
+        """Figures of a step's answers, all that were sampled."""
+        parts = {name: [v for scores in self._scores for v in scores.parts[name]] for name in self._scores[0].parts}
+        lengths = [len(ids) for ids in self._sampled]
+        self.figures = {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+            "equal_groups": float(equal_groups(rewards).float().mean()),
+            "reward_failures": sum(scores.failures for scores in self._scores),
+            "length": sum(lengths) / len(lengths),
+            "cut_off": sum(ids[-1] not in self.eos_token_ids for ids in self._sampled) / len(lengths),
+            "tokens": sum(lengths) + sum(int(batch["prompt_mask"].sum()) for batch in batches),
+        }
+        if len(parts) > 1:
+            self.figures |= {f"reward/{name}": sum(values) / len(values) for name, values in parts.items()}
+        if self.keys["dynamic_sampling"]:
+            self.figures["batches"] = len(batches)
+
+    # Likelihoods
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **more,
+    ):
+        """As TRL's, but each distinct prompt of a batch goes through the model once: its keys and values serve all its answers.
+
+        Gradients flow through them: the result is that of whole rows, but for rounding. Not with gradient checkpointing, which
+        keeps no keys and values, nor where a mixture of experts balances its loads over all tokens.
+        """
+        width = input_ids.size(1) - logits_to_keep
+        if width < 2 or compute_aux_loss or self.args.gradient_checkpointing or any(v is not None for v in more.values()):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **more
+            )
+        batch_size = batch_size or len(input_ids)
+        found = [
+            self._of_shared_prompts(model, input_ids[i : i + batch_size], attention_mask[i : i + batch_size], width)
+            for i in range(0, len(input_ids), batch_size)
+        ]
+        log_probs, entropies = (torch.cat(each) for each in zip(*found, strict=True)) if compute_entropy else (
+            torch.cat([log_prob for log_prob, _ in found]), None)  # fmt: skip
+        return log_probs, entropies, None
+
+    def _of_shared_prompts(self, model, ids: torch.Tensor, mask: torch.Tensor, width: int):
+        """Log-probabilities and entropies (None where the model's head gives none), [answers, tokens], of ids [answers, width +
+        tokens]. All but a prompt's last token are read once; that one and the answer are read for each answer."""
+        shared = torch.cat([ids[:, : width - 1], mask[:, : width - 1]], dim=1)
+        distinct, owner = torch.unique(shared, dim=0, return_inverse=True)
+        prompt_ids, prompt_mask = distinct.split(width - 1, dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        answers, known = ids[:, width:], mask[:, width:]
+        inner = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            cache = DynamicCache(config=inner.config)
+            prompt_positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+            inner.base_model(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask,
+                position_ids=prompt_positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache.batch_select_indices(owner)
+            output = model(
+                input_ids=ids[:, width - 1 : -1], attention_mask=mask[:, :-1], position_ids=positions[:, width - 1 : -1],
+                past_key_values=cache, shift_labels=answers.masked_fill(known == 0, -100), fused_lm_head=True,
+            )  # fmt: skip
+        return output.log_probs, output.entropy
+
+    # Steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        keys = self.keys
+
+        def factor(step: int) -> float:
+            return schedule_factor(
+                step, schedule=keys["schedule"], max_steps=keys["steps"], warmup_steps=keys["warmup"],
+                floor=keys["min_lr"] / keys["lr"], decay_fraction=0.0,
+            )  # fmt: skip
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise RunError(f"the loss is {float(loss)} at step {self.state.global_step + 1}: lower lr=, or raise warmup=")
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Weights in Hugging Face's format, optimizer, schedule, random numbers and place: whole under its name, or not there."""
+        final = Path(self.args.output_dir) / f"step-{self.state.global_step:06d}"
+        if final.exists():
+            return
+        partial = final.with_name(final.name + run_folder.PARTIAL)
+        self.save_model(str(partial), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_rng_state(str(partial))
+        self.state.log_history, self.state.train_batch_size = [], None  # metrics.jsonl has it; another micro_batch may continue
+        self.state.save_to_json(str(partial / "trainer_state.json"))
+        run_folder.write_manifest(partial)
+        sync_tree(partial)
+        partial.rename(final)
+        sync(final.parent)
+        for _, old in run_folder.checkpoints(final.parent)[: -self.keys["keep"]]:
+            run_folder.remove_checkpoint(old)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.perf_counter() - started
+
+
+def _reward(**given: Any) -> list[float]:
+    """Stands where TRL expects a reward: `Trainer._calculate_rewards` takes its place."""
+    raise NotImplementedError
+
+
+def _joined(batches: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Batches of TRL's rollouts as one, padded to the longest prompt and answer."""
+    joined = {}
+    for name, first in batches[0].items():
+        values = [batch[name] for batch in batches]
+        if first.ndim == 2:
+            side, value = ("left" if name in LEFT else "right"), (pad_id if name.endswith("_ids") else 0)
+            joined[name] = pad([row for each in values for row in each], padding_value=value, padding_side=side)
+        else:
+            joined[name] = torch.cat(values) if first.ndim else first
+    return joined

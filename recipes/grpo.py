@@ -1,0 +1,233 @@
+"""The keys of GRPO: learning to reason from rewards of sampled answers.
+
+Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) samples `group` answers to each of `prompts` problems,
+scores them, and raises the likelihood of an answer by how much better it is than its group. One schema serves both engines;
+docs/grpo.md says what each key becomes in either.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_ext.command_line import check_choice, key, keys_of
+from nemo_ext.errors import UserError
+from recipes import models
+
+ENGINES = ("embedded", "nemo_rl")
+# Where no data is given: a task whose answers are short.
+TASK = {
+    "data": "reasoning-gym:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=1:size=1000",
+    "system": "Answer with the number only.",
+    "reward": "numeric",
+    "max_prompt": 64,
+    "max_answer": 12,
+}
+# And how a model of 135 million parameters improves on it within minutes on a CPU.
+SMOKE = {"kl": 0.01, "lr": 3e-5, "warmup": 3, "steps": 40}
+
+
+@dataclass
+class GrpoKeys:
+    """Every key of a GRPO recipe, in the order `--help` shows them."""
+
+    size: str | None = key(None, "size of the model family", auto="the family's default; smoke without CUDA", group="model")
+    model: str | None = key(
+        None, "checkpoint to start from: hf:FOLDER, hf:NAME in the local cache, nemo:FOLDER, gguf:FILE", auto="the size's own"
+    )
+
+    data: Any = key(
+        None, "problems: JSONL, JSON, CSV, Parquet, a folder or glob of them, a Hugging Face dataset, [a:0.7,b:0.3], or "
+        "reasoning-gym:TASK", auto="an easy reasoning-gym task", group="data",
+    )  # fmt: skip
+    question_key: str = key("question", "column that holds the problem, as text or as chat messages")
+    answer_key: str = key("answer", "column that holds the reference answer")
+    system: str | None = key(None, "system prompt: text, or a file", auto="none")
+    prompt: str | None = key(None, "file that wraps the problem, with {question} in it", auto="the problem alone")
+    template: str | None = key(
+        None, "chat template: a name or a Jinja file", auto="the tokenizer's own; chatml where it has none"
+    )
+    heldout: float = key(0.1, "share of the problems kept out of training for evaluation")
+    max_prompt: int = key(256, "longest prompt; longer ones are left out and counted", unit="tokens")
+    filter: bool = key(False, "sample the model first and drop problems that it always or never solves")
+    filter_samples: int = key(8, "answers sampled per problem by filter=true")
+
+    reward: str = key("math", "what an answer is worth: math, format, ... or a weighted sum such as math:1.0,format:0.2",
+                      group="reward")  # fmt: skip
+    reward_timeout: float = key(10.0, "longest time for the reward of one answer", unit="s")
+    judge_url: str | None = key(None, "OpenAI-compatible endpoint of reward=judge", auto="none")
+    judge_model: str | None = key(None, "model that reward=judge asks for", auto="none")
+    reward_model: str | None = key(None, "hf:FOLDER of a sequence classifier for reward=model", auto="none")
+
+    prompts: int = key(8, "problems a step", group="rollout")
+    group: int = key(8, "answers sampled for each problem")
+    max_answer: int = key(256, "longest answer", unit="tokens")
+    temperature: float = key(1.0, "temperature of sampling")
+    top_p: float = key(1.0, "share of the probability that sampling draws from")
+    turns: int = key(1, "turns of a conversation with tools; 1 for a single answer")
+    tools: str | None = key(None, "tools that an answer may call, where turns is above 1", auto="none")
+
+    loss: str = key(
+        "token", "average of the policy loss: over a step's tokens (token), over each answer's and then answers (sequence), or "
+        "over a constant length (dr_grpo)", choices=("token", "sequence", "dr_grpo"), group="algorithm",
+    )  # fmt: skip
+    normalize: bool = key(True, "divide advantages by the standard deviation of their group")
+    leave_one_out: bool = key(False, "compare each answer to the mean of the others of its group")
+    kl: float = key(0.0, "weight of the KL divergence to the first policy (k3 estimate)")
+    clip_low: float = key(0.2, "how far below 1 the probability ratio counts")
+    clip_high: float = key(0.2, "how far above 1 the probability ratio counts (clip-higher: 0.28)")
+    overlong_filter: bool = key(False, "learn nothing from answers that were cut off at max_answer")
+    dynamic_sampling: bool = key(False, "sample again until no group of a step has equal rewards")
+    dynamic_limit: int = key(4, "batches that dynamic_sampling may sample for a step")
+
+    steps: int | None = key(None, "optimizer steps", auto="epochs over the problems; 40 for size=smoke without data",
+                            group="training")  # fmt: skip
+    epochs: float = key(1.0, "passes over the problems, where steps is not given")
+    micro_batch: int | None = key(None, "answers a device processes at once", auto="planned")
+    seed: int = key(1234, "seed of the data order and of sampling")
+    precision: str | None = key(None, "arithmetic", choices=("bf16", "fp32", "fp8"), auto="bf16 on a GPU, fp32 on a CPU")
+    lr: float = key(1e-6, "peak learning rate")
+    min_lr: float | None = key(None, "learning rate at the end", auto="lr")
+    schedule: str = key("constant", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
+    warmup: int = key(0, "warm-up", unit="steps")
+    weight_decay: float = key(0.01, "decoupled weight decay; norms and biases have none")
+    beta1: float = key(0.9, "Adam's first-moment decay")
+    beta2: float = key(0.999, "Adam's second-moment decay")
+    eps: float = key(1e-8, "Adam's epsilon")
+    clip: float = key(1.0, "largest global norm of the gradient, 0 for no limit")
+    recompute: bool | None = key(None, "compute activations again in the backward pass", auto="where memory asks for it")
+
+    engine: str | None = key(None, "what trains", choices=ENGINES, auto="nemo_rl where it is installed, else embedded",
+                             group="engine")  # fmt: skip
+    nemo_rl_version: str | None = key(None, "NeMo-RL whose configuration is written", auto="the installed one, else the newest")
+    backend: str | None = key(None, "what samples in the embedded engine", choices=("transformers", "vllm"),
+                              auto="vllm where it is installed with CUDA, else transformers")  # fmt: skip
+    nodes: int = key(1, "machines", group="parallelism")
+    gpus: int | None = key(None, "GPUs a machine", auto="all; the CPU without CUDA")
+    tp: int | None = key(None, "tensor parallel size of the policy", auto="planned")
+    pp: int | None = key(None, "pipeline parallel size of the policy", auto="planned")
+    cp: int | None = key(None, "context parallel size of the policy", auto="planned")
+    ep: int | None = key(None, "expert parallel size of the policy", auto="planned; 1 for other models")
+    generation_tp: int | None = key(None, "tensor parallel size of vLLM", auto="the policy's, within one machine")
+    generation_gpus: int | None = key(None, "GPUs a machine that only generate", auto="none: generation shares the policy's GPUs")
+    device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
+    gpu_memory: float | None = key(None, "memory of a device to plan for", unit="GiB", auto="what the machine has")
+
+    out: str | None = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
+    every: int | None = key(None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 50")
+    keep: int = key(2, "checkpoints kept, newest first")
+    val_every: int | None = key(None, "steps between evaluations on held-out problems", unit="steps", auto="a quarter of the run")
+    val_samples: int = key(64, "held-out problems an evaluation answers")
+    answers: int = key(3, "held-out problems whose answers before and after go to summary.md")
+    export: str = key("hf", "write the trained model into the run's folder: hf, a Hugging Face folder", choices=("hf", "none"))
+    tensorboard: bool = key(True, "write TensorBoard event files")
+    wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")
+
+
+def resolve(name: str, family: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
+    """All keys of a GRPO recipe: the given ones over the defaults. What only data or plan can tell stays None.
+
+    Raises UserError.
+    """
+    schema = keys_of(GrpoKeys)
+    if (unknown := set(given) - set(schema)) != set():
+        raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
+    given = {k: v for k, v in given.items() if v is not None}
+    keys = {**{n: f.default for n, f in schema.items()}, **given}
+    keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
+    on_cpu = keys["device"] == "cpu"
+    keys["size"] = keys["size"] or ("smoke" if on_cpu and not keys["model"] else models.FAMILIES[family].default_size)
+    models.size(family, keys["size"])
+    if "data" not in given:
+        task = {**TASK, **(SMOKE if keys["size"] == "smoke" else {})}
+        keys |= {k: v for k, v in task.items() if k not in given}
+    installed = importlib.util.find_spec("nemo_rl") is not None
+    keys["engine"] = keys["engine"] or ("nemo_rl" if installed and not on_cpu else "embedded")
+    embedded = keys["engine"] == "embedded"
+    defaults = {
+        "precision": "fp32" if on_cpu else "bf16",
+        "min_lr": keys["lr"],
+        "gpus": 1 if embedded else None,
+    }
+    keys |= {k: v for k, v in defaults.items() if keys[k] is None}
+    keys["out"] = keys["out"] or f"runs/{name}-{keys['size']}"
+    for check in (_numbers, _choices):
+        check(keys)
+    if embedded:
+        from nemo_ext.grpo import settings
+
+        settings.check(keys)
+        keys["backend"] = keys["backend"] or ("vllm" if not on_cpu and importlib.util.find_spec("vllm") else "transformers")
+    elif on_cpu:
+        raise UserError(
+            "engine=nemo_rl: it needs GPUs; device=gpu gpu_memory=80 plan=true plans for them, engine=embedded trains here"
+        )
+    return keys
+
+
+def finish(keys: dict[str, Any]) -> dict[str, Any]:
+    """Fill what follows from the number of steps, and refuse what it does not allow. `keys["steps"]` must be known."""
+    steps = keys["steps"]
+    if keys["warmup"] >= steps:
+        raise UserError(f"warmup={keys['warmup']} leaves no step of steps={steps}")
+    defaults = {"every": min(50, max(1, steps // 10)), "val_every": max(1, steps // 4)}
+    return {**keys, **{k: v for k, v in defaults.items() if keys[k] is None}}
+
+
+def load(keys: dict[str, Any], overrides: dict[str, Any]):
+    """The recipe as a NeMo-Run object: `run.Partial` of the embedded engine's `train`, or the `run.Script` that starts NeMo-RL.
+
+    Raises UserError for overrides of the embedded engine, which has no fields beside its keys.
+    """
+    import nemo_run as run
+
+    if keys["engine"] == "nemo_rl":
+        from nemo_ext.grpo.nemo_rl import tree
+
+        version = tree.choose(keys["nemo_rl_version"], tree.installed())
+        arguments = [f"run={keys['out']}", f"version={version}"]
+        return run.Script(path="nemo_ext.grpo.nemo_rl.train", entrypoint="python", m=True, args=arguments)
+    if overrides:
+        raise UserError(f"{next(iter(overrides))}=: the embedded engine has no fields beside its keys; --help shows them")
+    from nemo_ext.grpo import embedded
+
+    return run.Partial(embedded.train, keys=keys, run_dir=keys["out"], model=keys["model"] or "")
+
+
+def is_embedded(recipe) -> bool:
+    """Whether a NeMo-Run object is the embedded engine's."""
+    return getattr(getattr(recipe, "__fn_or_cls__", None), "__module__", "") == "nemo_ext.grpo.embedded"
+
+
+def bind(recipe, *, run_dir: str, weights: str, checkpoint: str | None):
+    """Put this machine's paths into a recipe of the embedded engine; `checkpoint` is one of the run, to go on from."""
+    recipe.run_dir, recipe.model, recipe.checkpoint = run_dir, weights, checkpoint
+    return recipe
+
+
+def _numbers(keys: dict[str, Any]) -> None:
+    for name in ("max_prompt filter_samples reward_timeout prompts max_answer temperature turns dynamic_limit steps epochs "
+                 "micro_batch seed lr eps nodes gpus tp pp cp ep generation_tp generation_gpus gpu_memory every keep val_every "
+                 "val_samples").split():  # fmt: skip
+        if keys[name] is not None and keys[name] <= 0:
+            raise UserError(f"{name}={keys[name]} must be above 0")
+    for name in ("kl", "clip_low", "clip_high", "min_lr", "warmup", "weight_decay", "clip", "answers"):
+        if keys[name] is not None and keys[name] < 0:
+            raise UserError(f"{name}={keys[name]} must not be negative")
+    for name in ("heldout", "beta1", "beta2"):
+        if not 0 <= keys[name] < 1:
+            raise UserError(f"{name}={keys[name]} must be at least 0 and below 1")
+    if not 0 < keys["top_p"] <= 1:
+        raise UserError(f"top_p={keys['top_p']} must be above 0 and at most 1")
+    if keys["clip_low"] >= 1:
+        raise UserError(f"clip_low={keys['clip_low']} must be below 1: the ratio of probabilities is never negative")
+    if keys["group"] < 2:
+        raise UserError(f"group={keys['group']}: an answer is compared to the others of its group, which needs 2 or more")
+    if keys["min_lr"] > keys["lr"]:
+        raise UserError(f"min_lr={keys['min_lr']} is above lr={keys['lr']}")
+
+
+def _choices(keys: dict[str, Any]) -> None:
+    for name, field in keys_of(GrpoKeys).items():
+        check_choice(name, keys[name], field)
