@@ -26,6 +26,7 @@ LAUNCH_KEYS = {
     "recipe": "what to train: METHOD_FAMILY",
     "config": "YAML file of keys, the command line's go over it; a run's own config.yaml repeats it",
     "plan": "print layout, memory and what would run, then stop",
+    "dryrun": "with engine=nemo_rl: print its configuration and command, then stop",
     "debug": "show stack traces",
     "executor": "where to run: local",
 }
@@ -41,6 +42,7 @@ class Command:
     keys: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     plan: bool = False
+    dryrun: bool = False
     debug: bool = False
     help: bool = False
     executor: str = "local"
@@ -59,7 +61,7 @@ def _take(command: Command, settings: dict[str, Any]) -> None:
     fields, paths = keys_of(schema), _paths(schema)
     roots = GRPO_ROOTS if schema is GrpoKeys else PATH_ROOTS
     for name, value in settings.items():
-        if name in ("plan", "debug"):
+        if name in ("plan", "dryrun", "debug"):
             if not isinstance(value, bool):
                 raise UserError(f"{name}={value} must be true or false")
             setattr(command, name, value)

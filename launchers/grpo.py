@@ -69,6 +69,7 @@ class Planned:
 
 def start(command: grammar.Command) -> int:
     """Plan, prepare, train, report. Returns the exit code."""
+    from nemo_ext.grpo.embedded import build_reward
     from nemo_ext.platform import hardware
 
     machine = hardware.detect()
@@ -79,9 +80,12 @@ def start(command: grammar.Command) -> int:
         from launchers import grpo_nemo_rl
 
         return grpo_nemo_rl.start(command, keys, machine)
+    if command.dryrun:
+        raise UserError("dryrun=true is for engine=nemo_rl; plan=true shows what would run")
     if command.overrides:
         raise UserError(f"{next(iter(command.overrides))}=: the embedded engine has no fields beside its keys; --help shows them")
     method, family = recipes.split(command.recipe)
+    build_reward(keys).close()  # refused here, not after the data is read
     if command.plan:
         _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
         print("\n".join(plan(keys, architecture, _memory(keys, machine)).lines()))
@@ -129,6 +133,8 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
             print(f"continuing {run_dir} from step {started_at}")
         if machine.cuda:  # the engine takes one GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        else:  # threads that wait soon give their core away: one that something else uses would stall all of them
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         stopped = local.run(run_dir, 1, threads=machine.cpu_count, max_steps=keys["steps"])
         if stopped:
             at = folder.newest_checkpoint(run_dir)
@@ -203,7 +209,7 @@ def prepare_problems(run_dir: Path, keys: dict[str, Any], model: Path) -> dict[s
     """
     from conversion import nemo_folder
     from nemo_ext.grpo import data
-    from nemo_ext.grpo.embedded import HELDOUT, TRAIN
+    from nemo_ext.grpo.embedded import HELDOUT, TRAIN, build_reward
 
     files = {"train": run_dir / TRAIN, "heldout": run_dir / HELDOUT}
     if (run_dir / run_folder.CONFIG).is_file() and all(file.is_file() for file in files.values()):
@@ -228,6 +234,8 @@ def prepare_problems(run_dir: Path, keys: dict[str, Any], model: Path) -> dict[s
     for side, rows in (("train", problems.train), ("heldout", problems.heldout)):
         write_atomic(files[side], "".join(json.dumps(row, default=str) + "\n" for row in rows))
     print("\n".join(problems.report()))
+    with build_reward(keys) as reward:
+        reward.check(problems.train + problems.heldout)
     return {"train": len(problems.train), "heldout": len(problems.heldout)}
 
 

@@ -5,6 +5,9 @@ Planning and the configuration are tested; starting needs the container and is u
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from launchers import folder, grammar, grpo, inputs
 from launchers import nemo_rl_engine as engine
 from nemo_ext import run_folder
 from nemo_ext.errors import UserError
+from nemo_ext.grpo.embedded import HELDOUT, TRAIN, read_rows
 from nemo_ext.grpo.nemo_rl import emit, problems, tree
+from recipes.grpo import finish
 
 GIB = 2**30
+PROBLEMS = "nemo_rl"  # in a run's folder: the problems as NeMo-RL reads them
 
 
 def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
@@ -27,15 +33,18 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
         raise UserError(
             "filter=true: it samples with the embedded engine's device before a run: filter the data with engine=embedded"
         )
-    if keys["recompute"] is not None:
-        raise UserError(f"recompute={str(keys['recompute']).lower()}: with engine=nemo_rl the planner decides it")
     if command.plan:
         _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
         print("\n".join(engine.plan(keys, architecture, _gpu_memory(keys, machine), version).lines()))
         return 0
-    engine.require_local(keys)
     keys = inputs.absolute(keys, grpo.PATHS)
     run_dir = Path(keys["out"])
+    if command.dryrun:
+        with tempfile.TemporaryDirectory() as temporary:
+            config = _prepare(command, keys, machine, run_dir, Path(temporary), version).config
+        print(engine.yaml_text(config) + "\n" + engine.command_line(run_dir, version))
+        return 0
+    engine.require_local(keys)
     with folder.owned(run_dir):
         grpo.check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
         if (summary := folder.complete(run_dir)) is not None:
@@ -43,36 +52,60 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
         return _run(command, keys, machine, run_dir, version)
 
 
-def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path, version: str) -> int:
-    from nemo_ext import report
-    from nemo_ext.grpo.embedded import HELDOUT, TRAIN, read_rows
+@dataclass(frozen=True)
+class _Prepared:
+    """A run whose problems are written: its keys, plan and NeMo-RL's configuration."""
 
+    keys: dict[str, Any]
+    planned: engine.Planned
+    config: dict[str, Any]
+    counts: dict[str, int]
+
+
+def _prepare(
+    command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path, write_to: Path, version: str
+) -> _Prepared:
+    """Plan the run of `run_dir` and write its problems into the folder `write_to`: the same, but for a dry run."""
     method, family = recipes.split(command.recipe)
     checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
     planned = engine.plan(keys, architecture, _gpu_memory(keys, machine), version)
-    print("\n".join(planned.lines()))
     model = grpo.model_folder(checkpoint)
-    counts = grpo.prepare_problems(run_dir, keys, model)
+    counts = grpo.prepare_problems(write_to, keys, model)
     steps = keys["steps"] or max(1, int(keys["epochs"] * counts["train"] // keys["prompts"]))
-    keys = recipes.grpo.finish({**planned.keys, "steps": steps})
-    grpo.check_same_run(run_dir, command, keys)
-    rows = {side: run_dir / "nemo_rl" / f"{side}.jsonl" for side in ("train", "heldout")}
-    problems.write(rows["train"], read_rows(run_dir / TRAIN))
-    problems.write(rows["heldout"], read_rows(run_dir / HELDOUT)[: keys["val_samples"]])
-    template = run_dir / grpo.TOKENIZER / "chat_template.jinja"
+    keys = finish({**planned.keys, "steps": steps})
+    problems.write(write_to / PROBLEMS / "train.jsonl", read_rows(write_to / TRAIN))
+    problems.write(write_to / PROBLEMS / "heldout.jsonl", read_rows(write_to / HELDOUT)[: keys["val_samples"]])
+    template = Path(grpo.TOKENIZER) / "chat_template.jinja"
     paths = emit.Paths(
-        model=str(model), train=str(rows["train"]), validation=str(rows["heldout"]) if counts["heldout"] else None,
-        run=str(run_dir), template=str(template) if template.is_file() else None,
-    )  # fmt: skip
-    chosen = engine.Planned(keys, planned.recompute, planned.policy, planned.generation, planned.reference)
-    engine.write(run_dir, engine.configuration(chosen, architecture, paths, version, command.overrides))
-    grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
+        model=str(model),
+        train=str(run_dir / PROBLEMS / "train.jsonl"),
+        validation=str(run_dir / PROBLEMS / "heldout.jsonl") if counts["heldout"] else None,
+        run=str(run_dir),
+        template=str(run_dir / template) if (write_to / template).is_file() else None,
+    )
+    planned = dataclasses.replace(planned, keys=keys)
+    return _Prepared(keys, planned, engine.configuration(planned, architecture, paths, version, command.overrides), counts)
+
+
+def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path, version: str) -> int:
+    from nemo_ext import report
+
+    prepared = _prepare(command, keys, machine, run_dir, run_dir, version)
+    print("\n".join(prepared.planned.lines()))
+    grpo.check_same_run(run_dir, command, prepared.keys)
+    engine.write(run_dir, prepared.config)
+    grammar.save(run_dir / run_folder.CONFIG, command.recipe, prepared.keys, command.overrides)
     engine.run_local(run_dir, version)
     newest = engine.newest_checkpoint(run_dir)
-    summary = report.write(run_dir, {
-        "recipe": command.recipe, "engine": f"NeMo-RL {version}", "parameters": planned.policy.parameters,
-        "problems": counts["train"], "heldout_problems": counts["heldout"], "checkpoint": str(newest[1]) if newest else None,
-    })  # fmt: skip
+    facts = {
+        "recipe": command.recipe,
+        "engine": f"NeMo-RL {version}",
+        "parameters": prepared.planned.policy.parameters,
+        "problems": prepared.counts["train"],
+        "heldout_problems": prepared.counts["heldout"],
+        "checkpoint": str(newest[1]) if newest else None,
+    }
+    summary = report.write(run_dir, facts)
     if keys["export"] == "hf" and not (run_dir / run_folder.EXPORT).is_dir():
         engine.export(run_dir, run_dir / run_folder.EXPORT)
     return grpo.done("", summary)

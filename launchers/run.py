@@ -69,6 +69,8 @@ def start(command: grammar.Command) -> int:
     from launchers import plan
     from nemo_ext.platform import hardware
 
+    if command.dryrun:
+        raise UserError("dryrun=true is for engine=nemo_rl; plan=true shows what would run")
     method, family = recipes.split(command.recipe)
     machine = hardware.detect()
     if not machine.cuda and command.keys.get("device") != "gpu":

@@ -263,8 +263,8 @@ def _reward_headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         failed = f", {summary['reward_failures']:,} failures of rewards" if summary["reward_failures"] else ""
         rows.append(("training", f"reward {summary['train_reward_first']:.3f} -> {summary['train_reward_last']:.3f}{equal}{failed}"))
     if summary["seconds"]["step"] is not None:
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in summary["seconds"].items() if seconds is not None)
-        rows.append(("seconds", f"a step: {parts.removeprefix('step ')}"))
+        whole, *parts = [(name, each) for name, each in summary["seconds"].items() if each is not None]
+        rows.append(("a step", f"{whole[1]:.2f} s: " + ", ".join(f"{name} {each:.2f}" for name, each in parts)))
     return rows
 
 

@@ -36,70 +36,24 @@ class Method:
     schema: type = TrainKeys
 
 
+PUBLISHED = tuple(family for family in FAMILIES if family != "custom")  # what there are weights of
+
+
+def _tuning(description: str, lr: float, **more: Any) -> Method:
+    """A method that learns conversations from published weights."""
+    return Method(description, PUBLISHED, {"lr": lr, "weight_decay": 0.0}, needs_weights=True, conversations=True, **more)
+
+
 METHODS = {
-    "cpt": Method("continue pre-training", tuple(f for f in FAMILIES if f != "custom"), needs_weights=True),
-    "sft": Method(
-        "tune on conversations",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 1e-5, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-    ),
-    "lora": Method(
-        "train an adapter on conversations (LoRA)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 2e-4, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-        adapter="lora",
-    ),
-    "qlora": Method(
-        "train an adapter of a 4-bit model on conversations (QLoRA)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 2e-4, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-        adapter="lora",
-        nf4=True,
-    ),
-    "dora": Method(
-        "train an adapter of magnitudes and directions (DoRA)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 2e-4, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-        adapter="dora",
-    ),
-    "moe_dora": Method(
-        "train DoRA experts and routers of the last layers (MoE-DoRA)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 2e-4, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-        adapter="moe_dora",
-    ),
-    "adalora": Method(
-        "train an adapter that finds its ranks on conversations (AdaLoRA)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 1e-3, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-        adapter="adalora",
-    ),
-    "fourierft": Method(
-        "train an adapter's spectrum on conversations (FourierFT)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        {"lr": 3e-3, "weight_decay": 0.0},
-        needs_weights=True,
-        conversations=True,
-        adapter="fourierft",
-    ),
-    "grpo": Method(
-        "learn to reason from rewards of sampled answers (GRPO)",
-        tuple(f for f in FAMILIES if f != "custom"),
-        needs_weights=True,
-        schema=GrpoKeys,
-    ),
+    "cpt": Method("continue pre-training", PUBLISHED, needs_weights=True),
+    "sft": _tuning("tune on conversations", 1e-5),
+    "lora": _tuning("train an adapter on conversations (LoRA)", 2e-4, adapter="lora"),
+    "qlora": _tuning("train an adapter of a 4-bit model on conversations (QLoRA)", 2e-4, adapter="lora", nf4=True),
+    "dora": _tuning("train an adapter of magnitudes and directions (DoRA)", 2e-4, adapter="dora"),
+    "moe_dora": _tuning("train DoRA experts and routers of the last layers (MoE-DoRA)", 2e-4, adapter="moe_dora"),
+    "adalora": _tuning("train an adapter that finds its ranks on conversations (AdaLoRA)", 1e-3, adapter="adalora"),
+    "fourierft": _tuning("train an adapter's spectrum on conversations (FourierFT)", 3e-3, adapter="fourierft"),
+    "grpo": Method("learn to reason from rewards of sampled answers (GRPO)", PUBLISHED, needs_weights=True, schema=GrpoKeys),
     "pretrain": Method("pre-train from random weights", tuple(FAMILIES), {"lr": 3e-4}),
 }
 SHAPE_KEYS = {"layers": "num_layers", "hidden": "hidden_size", "ffn": "ffn_hidden_size", "heads": "num_attention_heads",

@@ -21,11 +21,12 @@ TASK = {
     "data": "reasoning-gym:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=1:size=1000",
     "system": "Answer with the number only.",
     "reward": "numeric",
+    "heldout": 0.25,
     "max_prompt": 64,
     "max_answer": 12,
 }
 # And how a model of 135 million parameters improves on it within minutes on a CPU.
-SMOKE = {"kl": 0.01, "lr": 3e-5, "warmup": 3, "steps": 40}
+SMOKE = {"kl": 0.01, "lr": 2e-5, "min_lr": 2e-6, "schedule": "cosine", "warmup": 3, "steps": 40}
 
 
 @dataclass

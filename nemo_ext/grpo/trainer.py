@@ -225,6 +225,9 @@ class Trainer(GRPOTrainer):
 
     # Steps
 
+    def _inner_training_loop(self, batch_size: int | None = None, *rest: Any, **named: Any):
+        return super()._inner_training_loop(self.args.train_batch_size, *rest, **named)  # of this start, not of the checkpoint's
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         keys = self.keys
 
@@ -253,7 +256,7 @@ class Trainer(GRPOTrainer):
         self.save_model(str(partial), _internal_call=True)
         self._save_optimizer_and_scheduler(str(partial))
         self._save_rng_state(str(partial))
-        self.state.log_history, self.state.train_batch_size = [], None  # metrics.jsonl has it; another micro_batch may continue
+        self.state.log_history = []  # metrics.jsonl has it
         self.state.save_to_json(str(partial / "trainer_state.json"))
         run_folder.write_manifest(partial)
         sync_tree(partial)

@@ -92,10 +92,10 @@ GOOD = b'{"text": "good"}\n'
         ("f.jsonl", GOOD + b'{"text": null}\n', 'line 2: "text" is null, not a string'),
         ("f.jsonl", GOOD + b'["x"]\n', "line 2: a list instead of an object"),
         ("f.jsonl", GOOD + b'{"text": "\xff"}\n', "f.jsonl, line 2: byte 0xff is not UTF-8"),
-        ("f.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "cannot be decompressed"),
+        ("f.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], "cannot be decompressed"),
         ("f.jsonl.gz", b"not gzip", "cannot be decompressed"),
         ("f.jsonl.zst", b"not zstd", "cannot be decompressed"),
-        ("f.jsonl.gz", gzip.compress(GOOD * 9 + b"{"), "line 10: not JSON"),
+        ("f.jsonl.gz", gzip.compress(GOOD * 9 + b"{", mtime=0), "line 10: not JSON"),
         ("f.parquet", b"PAR1 no", "not a Parquet file"),
     ],
 )

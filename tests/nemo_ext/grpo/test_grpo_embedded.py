@@ -1,0 +1,178 @@
+"""A run of the embedded engine in this process: what it writes, and that it goes on where it was."""
+
+import json
+import signal
+
+import pytest
+import torch
+from grpo_models import prepare
+
+from nemo_ext import run_folder
+from nemo_ext.errors import RunError
+from nemo_ext.grpo import difficulty, embedded, evaluation
+from nemo_ext.grpo.data import Problems
+from nemo_ext.rewards import Reward
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Signals of this process are as they were afterwards."""
+    before = {each: signal.getsignal(each) for each in embedded.SIGNALS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+def weights(run_dir, step):
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+SETTINGS = dict(reward="length:100,numeric:0.5", kl=0.05, micro_batch=6, warmup=1, schedule="cosine", min_lr=1e-4)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, sums, tmp_path_factory):
+    """A run of six steps that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    keys = prepare(run_dir, tiny, sums, **SETTINGS)
+    embedded.train(keys, run_dir, str(tiny))
+    return run_dir
+
+
+def test_what_a_run_writes(whole):
+    steps, evaluations = run_folder.read_records(whole)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in evaluations] == [0, 3, 6]
+    for record in steps:
+        numbers = "loss lr grad_norm reward reward_std length kl entropy equal_groups cut_off step_time generation_time scoring_time"
+        assert all(isinstance(record[name], (int, float)) for name in numbers.split())
+        assert record["reward"] == pytest.approx(100 * record["reward/length"] + 0.5 * record["reward/numeric"])
+        parts = sum(record[f"{name}_time"] for name in ("generation", "scoring", "training"))
+        assert record["step_time"] == pytest.approx(parts)
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)  # the first step is the reference itself
+    assert steps[-1]["kl"] > 1e-5
+    assert [record["tokens"] for record in steps] == sorted(record["tokens"] for record in steps)
+    assert [record["lr"] for record in steps][:2] == pytest.approx([5e-4, 1e-3]) and steps[-1]["lr"] == pytest.approx(1e-4)
+    assert [step for step, _ in run_folder.checkpoints(whole / "checkpoints")] == [4, 6]  # keep=2
+    assert run_folder.read_status(whole)["phase"] == "finished"
+
+
+def test_the_policy_learns_what_is_rewarded(tiny, sums, tmp_path):
+    """Short answers pay: the model learns to end them."""
+    keys = prepare(tmp_path, tiny, sums, reward="length:-1000", steps=25, lr=3e-3, max_answer=12, prompts=4, group=8, every=25,
+                   val_every=25)  # fmt: skip
+    embedded.train(keys, tmp_path, str(tiny))
+    steps, evaluations = run_folder.read_records(tmp_path)
+    assert steps[-1]["length"] < steps[0]["length"] - 2
+    assert evaluations[-1]["val_reward_low"] > evaluations[0]["val_reward"]
+
+
+def test_evaluations_keep_their_answers(whole):
+    found = evaluation.compare(whole, 6)
+    rows = [json.loads((whole / "evaluations" / f"step-{step:06d}.json").read_text())["answers"] for step in (0, 6)]
+    means = [sum(row["reward"] for row in side) / len(side) for side in rows]
+    assert found["reward_before"][0] == pytest.approx(means[0]) and found["reward_after"][0] == pytest.approx(means[1])
+    assert found["reward_difference"][0] == pytest.approx(means[1] - means[0])
+    assert found["reward_before"][1] <= means[0] <= found["reward_before"][2] and found["heldout_answers"] == 4
+    shown = evaluation.side_by_side(whole, 6, 2)
+    assert [row["question"] for row in shown] == [row["question"] for row in rows[0][:2]]
+    assert [row["after"] for row in shown] == [row["answer"] for row in rows[1][:2]]
+    assert evaluation.compare(whole, 5) == {} and evaluation.side_by_side(whole, 5, 2) == []
+
+
+@pytest.mark.parametrize("micro_batch", [6, 12])
+def test_a_run_that_died_goes_on_exactly(whole, tiny, sums, tmp_path, monkeypatch, micro_batch):
+    """Killed while it scores step 4: from the checkpoint of step 2 the same numbers follow, also in other micro-batches."""
+    keys = prepare(tmp_path, tiny, sums, **SETTINGS)
+    score, batches = Reward.score, []
+
+    def fail(self, answers, rows):
+        batches.append(len(answers))
+        if batches.count(12) == 4:
+            raise KeyboardInterrupt
+        return score(self, answers, rows)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Reward, "score", fail)
+        embedded.train(keys, tmp_path, str(tiny))
+    assert [step for step, _ in run_folder.checkpoints(tmp_path / "checkpoints")] == [2]
+    assert [record["step"] for record in run_folder.read_records(tmp_path)[0]] == [1, 2, 3]
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    embedded.train({**keys, "micro_batch": micro_batch}, tmp_path, str(tiny), str(checkpoint))
+    expected, found = (run_folder.read_records(folder) for folder in (whole, tmp_path))
+    assert [record["reward"] for record in found[0]] == [record["reward"] for record in expected[0]]
+    assert [record["val_reward"] for record in found[1]] == [record["val_reward"] for record in expected[1]]
+    assert [record["tokens"] for record in found[0]] == [record["tokens"] for record in expected[0]]
+    if micro_batch == 6:
+        same(weights(tmp_path, 6), weights(whole, 6))
+        assert [record["loss"] for record in found[0]] == [record["loss"] for record in expected[0]]
+
+
+def test_a_signal_ends_it_saved_after_the_step(whole, tiny, sums, tmp_path, monkeypatch):
+    keys = prepare(tmp_path, tiny, sums, **SETTINGS)
+    score, batches = Reward.score, []
+
+    def signalled(self, answers, rows):
+        batches.append(len(answers))
+        if batches.count(12) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return score(self, answers, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reward, "score", signalled)
+        embedded.train(keys, tmp_path, str(tiny))
+    assert run_folder.read_status(tmp_path)["phase"] == "stopped"
+    assert run_folder.newest_checkpoint(tmp_path / "checkpoints")[0] == 3
+    embedded.train(keys, tmp_path, str(tiny), str(tmp_path / "checkpoints" / "step-000003"))
+    same(weights(tmp_path, 6), weights(whole, 6))
+
+
+def test_what_was_trained_loads(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = whole / "checkpoints" / "step-000006"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1 ="}], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|assistant|>") and loaded.config.num_hidden_layers == 2
+
+
+def test_a_loss_that_is_no_number_ends_it(tiny, sums, tmp_path):
+    """A learning rate that destroys the model: one line, and no checkpoint of it."""
+    keys = prepare(tmp_path, tiny, sums, lr=1e30, clip=0.0, every=6)
+    with pytest.raises(RunError, match=r"(the loss|the gradient norm) is (nan|inf) at step \d"):
+        embedded.train(keys, tmp_path, str(tiny))
+    assert run_folder.checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_failures_of_a_reward_are_counted(tiny, sums, tmp_path):
+    """A reward that raises for some answers: they count 0, the run goes on."""
+    (tmp_path / "mine.py").write_text(
+        "def reward(answers, rows):\n    if rows[0]['level'] == 1:\n        raise ValueError('no')\n    return [1.0] * len(answers)\n"
+    )
+    keys = prepare(tmp_path, tiny, sums, reward=f"{tmp_path}/mine.py:reward", steps=2, val_every=2, warmup=0)
+    embedded.train(keys, tmp_path, str(tiny))
+    steps, _ = run_folder.read_records(tmp_path)
+    assert sum(record["reward_failures"] for record in steps) > 0
+    assert all(record["equal_groups"] == 1.0 and record["loss"] == 0.0 for record in steps)
+
+
+def test_problems_that_are_always_or_never_solved_are_dropped(tiny, sums, tmp_path, monkeypatch):
+    keys = prepare(tmp_path, tiny, sums, filter_samples=6, max_answer=20)
+    rows = embedded.read_rows(tmp_path / embedded.TRAIN)
+    monkeypatch.setattr(Reward, "__call__", lambda self, answers, rows: [
+        {0: 1.0, 1: 0.0, 2: float(len(answer) % 2)}[row["level"]] for answer, row in zip(answers, rows, strict=True)])  # fmt: skip
+    seen = []
+    kept = difficulty.without_extremes(Problems(rows, []), keys | {"reward": "length:1"}, tiny, lambda *of: seen.append(of))
+    always, never = (sum(row["level"] == level for row in rows) for level in (0, 1))
+    assert {row["level"] for row in kept.train} == {2}
+    assert kept.left_out["that the model always solves"] >= always and kept.left_out["that the model never solves"] >= never
+    assert seen[-1] == (len(rows), len(rows))
