@@ -9,16 +9,12 @@ Tasks that are finished are not run again when the command is given again. Exit 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +29,7 @@ from nemo_ext.evaluation import results, tasks
 from nemo_ext.evaluation.results import Result, Store
 from nemo_ext.evaluation.tasks import Task
 from nemo_ext.progress import bar
+from nemo_ext.quiet import quiet
 
 if TYPE_CHECKING:
     from nemo_ext.evaluation.judge import Judge
@@ -96,7 +93,7 @@ class Candidate:
 def command(options: Options) -> None:
     """Run the tasks that are not finished, and write the report."""
     evaluation = Evaluation(options)
-    with held(evaluation.out), _quiet():
+    with held(evaluation.out), quiet():
         evaluation.run()
 
 
@@ -415,19 +412,6 @@ def _candidate(text: str) -> Candidate:
     if not (folder / "config.json").is_file():
         raise UserError(f"model={text}: the folder has no config.json; a run of this project is nemo:{name}")
     return Candidate("", kind, folder, results.digest("hf", results.folder_digest(folder)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings and bars of libraries."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _device() -> str:

@@ -134,7 +134,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
         if machine.cuda:  # the engine takes one GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         else:  # threads that wait soon give their core away: one that something else uses would stall all of them
-            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         stopped = local.run(run_dir, 1, threads=machine.cpu_count, max_steps=keys["steps"])
         if stopped:
             at = folder.newest_checkpoint(run_dir)

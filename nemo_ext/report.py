@@ -261,7 +261,9 @@ def _reward_headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["train_reward_last"] is not None:
         equal = f", {summary['equal_groups']:.0%} of the groups with equal rewards" if summary["equal_groups"] is not None else ""
         failed = f", {summary['reward_failures']:,} failures of rewards" if summary["reward_failures"] else ""
-        rows.append(("training", f"reward {summary['train_reward_first']:.3f} -> {summary['train_reward_last']:.3f}{equal}{failed}"))
+        rows.append(
+            ("training", f"reward {summary['train_reward_first']:.3f} -> {summary['train_reward_last']:.3f}{equal}{failed}")
+        )
     if summary["seconds"]["step"] is not None:
         whole, *parts = [(name, each) for name, each in summary["seconds"].items() if each is not None]
         rows.append(("a step", f"{whole[1]:.2f} s: " + ", ".join(f"{name} {each:.2f}" for name, each in parts)))
@@ -317,9 +319,7 @@ def _write_plots(run_dir: Path, steps: Sequence[dict], validations: Sequence[dic
     written = []
     rewarded = any("reward" in step for step in steps)
     for name, label in (REWARD_PLOTS if rewarded else PLOTS).items():
-        records, key = (
-            (validations, name) if name.startswith("val_") else (steps, {"throughput": "tokens_per_s"}.get(name, name))
-        )
+        records, key = (validations, name) if name.startswith("val_") else (steps, {"throughput": "tokens_per_s"}.get(name, name))
         points = [(record["step"], value) for record in records if (value := _number(record, key)) is not None]
         path = f"{run_folder.PLOTS}/{name}.png"
         if not points:

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_ext.errors import UserError
 from nemo_ext.grpo.data import Problems, Row
 from nemo_ext.grpo.sampling import sample
+from nemo_ext.quiet import quiet
 
 AT_ONCE = 128  # answers
 
@@ -61,12 +62,13 @@ def pass_rates(
     """The share of `filter_samples` sampled answers to each problem that is solved."""
     from nemo_ext import platform
 
-    platform.activate()
-    import torch
+    with quiet():
+        platform.activate()
+        import torch
 
-    from nemo_ext.evaluation.model import Model
+        from nemo_ext.evaluation.model import Model
 
-    loaded = Model(model, str(model))
+        loaded = Model(model, str(model))
     tokenizer, samples = loaded.tokenizer, keys["filter_samples"]
     ends = sorted(loaded.end_ids())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]

@@ -129,7 +129,9 @@ def test_the_plan_shows_policy_reference_and_generation(keys, capsys):
     assert run.main([*keys, "plan=true", "device=gpu", "gpu_memory=80", "engine=embedded"]) == 0
     lines = capsys.readouterr().out
     assert all(f"\n{name}" in lines for name in ("policy", "reference", "generation", "together"))
-    assert run.main(["recipe=grpo_llama3", "size=8b", "device=gpu", "gpus=8", "gpu_memory=80", "plan=true", "engine=nemo_rl"]) == 0
+    assert (
+        run.main(["recipe=grpo_llama3", "size=8b", "device=gpu", "gpus=8", "gpu_memory=80", "plan=true", "engine=nemo_rl"]) == 0
+    )
     lines = capsys.readouterr().out
     assert all(name in lines for name in ("the policy", "the reference", "generation", "TP"))
 

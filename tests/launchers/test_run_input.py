@@ -155,7 +155,7 @@ def test_folders_that_cannot_be_written(command, tmp_path):
 
 
 def test_a_full_disk_is_seen_before_the_start(command, monkeypatch):
-    monkeypatch.setattr(run, "free_bytes", lambda folder: 1 << 20)
+    monkeypatch.setattr(folder, "free_bytes", lambda path: 1 << 20)
     refused(command("out=new", "steps=4"), "out=.*new: checkpoints need 0.0 GiB", "make space, lower keep=")
     assert not Path("new").exists()
 
@@ -202,10 +202,10 @@ def test_a_complete_run_says_so_at_once(command, small):
 
 def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):
     for step in (2, 4):
-        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
-        (folder / "weights").mkdir(parents=True)
-        (folder / "weights" / "part").write_bytes(b"12345678")
-        run_folder.write_manifest(folder)
+        step_folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        (step_folder / "weights").mkdir(parents=True)
+        (step_folder / "weights" / "part").write_bytes(b"12345678")
+        run_folder.write_manifest(step_folder)
     (tmp_path / "checkpoints" / "step-000006.partial").mkdir()
     assert folder.usable_checkpoint(tmp_path)[0] == 4
     (tmp_path / "checkpoints" / "step-000004" / "weights" / "part").write_bytes(b"1234")

@@ -44,7 +44,10 @@ def write_model(folder: Path, family: str = "llama") -> Path:
         tie_word_embeddings=True,
     )  # fmt: skip
     classes = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma3": Gemma3TextConfig, "qwen3": Qwen3Config}
-    more = {"mistral": dict(sliding_window=6), "gemma3": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])}
+    more = {
+        "mistral": dict(sliding_window=6),
+        "gemma3": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(classes[family](**small, **more.get(family, {})))
     for parameter in model.parameters():  # of the size of trained ones, so that answers differ

@@ -120,7 +120,11 @@ def test_problems_of_reasoning_gym(tokenizer):
 @pytest.mark.parametrize(
     "records, settings, words",
     [
-        ([{"question": "1", "label": "2"}], {}, 'line 1: no "answer": the fields are question, label; name the answer with answer_key='),
+        (
+            [{"question": "1", "label": "2"}],
+            {},
+            'line 1: no "answer": the fields are question, label; name the answer with answer_key=',
+        ),
         ([{"text": "1", "answer": "2"}], {}, 'no "question": the fields are text, answer; name the question with question_key='),
         ([{"question": " ", "answer": "2"}], {}, '"question" is empty'),
         ([{"question": [{"role": "assistant", "content": "x"}], "answer": "2"}], {}, "end with the user's"),

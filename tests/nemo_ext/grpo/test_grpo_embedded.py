@@ -52,7 +52,9 @@ def test_what_a_run_writes(whole):
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in evaluations] == [0, 3, 6]
     for record in steps:
-        numbers = "loss lr grad_norm reward reward_std length kl entropy equal_groups cut_off step_time generation_time scoring_time"
+        numbers = (
+            "loss lr grad_norm reward reward_std length kl entropy equal_groups cut_off step_time generation_time scoring_time"
+        )
         assert all(isinstance(record[name], (int, float)) for name in numbers.split())
         assert record["reward"] == pytest.approx(100 * record["reward/length"] + 0.5 * record["reward/numeric"])
         parts = sum(record[f"{name}_time"] for name in ("generation", "scoring", "training"))
@@ -155,9 +157,9 @@ def test_a_loss_that_is_no_number_ends_it(tiny, sums, tmp_path):
 
 def test_failures_of_a_reward_are_counted(tiny, sums, tmp_path):
     """A reward that raises for some answers: they count 0, the run goes on."""
-    (tmp_path / "mine.py").write_text(
-        "def reward(answers, rows):\n    if rows[0]['level'] == 1:\n        raise ValueError('no')\n    return [1.0] * len(answers)\n"
-    )
+    lines = ["def reward(answers, rows):", "    if rows[0]['level'] == 1:", "        raise ValueError('no')",
+             "    return [1.0] * len(answers)"]  # fmt: skip
+    (tmp_path / "mine.py").write_text("\n".join(lines) + "\n")
     keys = prepare(tmp_path, tiny, sums, reward=f"{tmp_path}/mine.py:reward", steps=2, val_every=2, warmup=0)
     embedded.train(keys, tmp_path, str(tiny))
     steps, _ = run_folder.read_records(tmp_path)
@@ -168,8 +170,11 @@ def test_failures_of_a_reward_are_counted(tiny, sums, tmp_path):
 def test_problems_that_are_always_or_never_solved_are_dropped(tiny, sums, tmp_path, monkeypatch):
     keys = prepare(tmp_path, tiny, sums, filter_samples=6, max_answer=20)
     rows = embedded.read_rows(tmp_path / embedded.TRAIN)
-    monkeypatch.setattr(Reward, "__call__", lambda self, answers, rows: [
-        {0: 1.0, 1: 0.0, 2: float(len(answer) % 2)}[row["level"]] for answer, row in zip(answers, rows, strict=True)])  # fmt: skip
+
+    def by_level(self, answers, rows):
+        return [{0: 1.0, 1: 0.0, 2: float(len(a) % 2)}[row["level"]] for a, row in zip(answers, rows, strict=True)]
+
+    monkeypatch.setattr(Reward, "__call__", by_level)
     seen = []
     kept = difficulty.without_extremes(Problems(rows, []), keys | {"reward": "length:1"}, tiny, lambda *of: seen.append(of))
     always, never = (sum(row["level"] == level for row in rows) for level in (0, 1))

@@ -211,8 +211,8 @@ def test_the_schedule_ends_at_min_lr(tiny, tmp_path, sums):
 
 def test_what_trl_is_told():
     """Every key that changes what is learnt, in TRL's words."""
-    chosen = keys(loss="sequence", normalize=False, kl=0.2, clip_low=0.1, clip_high=0.28, overlong_filter=True, clip=0.0, top_p=0.9,
-                  micro_batch=4, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-6, temperature=0.7)  # fmt: skip
+    chosen = keys(loss="sequence", normalize=False, kl=0.2, clip_low=0.1, clip_high=0.28, overlong_filter=True, clip=0.0,
+                  top_p=0.9, micro_batch=4, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-6, temperature=0.7)  # fmt: skip
     found = settings.trl_arguments(chosen, "out")
     expected = dict(
         loss_type="grpo", scale_rewards="none", beta=0.2, epsilon=0.1, epsilon_high=0.28, mask_truncated_completions=True,
