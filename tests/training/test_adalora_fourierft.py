@@ -24,7 +24,6 @@ METHODS = {"adalora": (ADALORA, SHORT), "fourierft": (FOURIER, dict(FOURIER, n_f
 LAYOUTS = {
     "tp2": dict(tp=2, sp=False),
     "pp2_vp2": dict(pp=2, vp=2),
-    "dp2": dict(distributed_optimizer=False, overlap=False),
     "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True),
 }
 PLACES = {"adapter_q": "q_proj", "adapter_k": "k_proj", "adapter_v": "v_proj", "adapter_gate": "gate_proj",
