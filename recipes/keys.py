@@ -153,7 +153,9 @@ class TrainKeys:
     overlap: bool = key(True, "overlap gradient and parameter communication with computation",
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
-    gpu_memory: float | None = key(None, "memory of a device to plan for", unit="GiB", auto="what the machine has")
+    gpu_memory: float | None = key(
+        None, "memory of a device to plan for; a GPU run takes no more", unit="GiB", auto="what the machine has"
+    )
 
     out: str | None = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
     every: int | None = key(
