@@ -66,6 +66,12 @@ def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     return run_folder.newest_checkpoint(run_dir / run_folder.CHECKPOINTS)
 
 
+def place(run_dir: Path) -> str:
+    """Where the run goes on, in words."""
+    at = newest_checkpoint(run_dir)
+    return f"from step {at[0]}, {at[1]}" if at else "from the start"
+
+
 def usable_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     """The newest checkpoint that is as it was written. Half-written ones are removed, damaged ones set aside."""
     run_folder.clear_partial(run_dir / run_folder.CHECKPOINTS)

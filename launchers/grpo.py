@@ -137,9 +137,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         stopped = local.run(run_dir, 1, threads=machine.cpu_count, max_steps=keys["steps"])
         if stopped:
-            at = folder.newest_checkpoint(run_dir)
-            place = f"from step {at[0]}, {at[1]}" if at else "from the start"
-            print(f"stopped by {stopped.name}; the same command continues {place}")
+            print(f"stopped by {stopped.name}; the same command continues {folder.place(run_dir)}")
             return 128 + stopped
     else:  # killed between its last checkpoint and its summary
         started_at = (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0)

@@ -135,9 +135,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
             print(f"continuing {run_dir} from step {started_at}")
         stopped = local.run(run_dir, keys["gpus"], threads=max(1, machine.cpu_count // keys["gpus"]), max_steps=keys["steps"])
         if stopped:
-            at = folder.newest_checkpoint(run_dir)
-            place = f"from step {at[0]}, {at[1]}" if at else "from the start"
-            print(f"stopped by {stopped.name}; the same command continues {place}")
+            print(f"stopped by {stopped.name}; the same command continues {folder.place(run_dir)}")
             return 128 + stopped
     else:  # killed between its last checkpoint and its summary
         started_at = (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0)
