@@ -53,7 +53,7 @@ class Options:
     to: str = key(NO_DEFAULT, "hf:FOLDER, nemo:FOLDER, gguf:FILE or lora:FOLDER; must not exist")
     base: str | None = key(None, "the model that an adapter is for: hf:FOLDER or nemo:FOLDER", auto="none")
     dtype: str | None = key(
-        None, "float32, bfloat16 or float16; of a GGUF file f32, f16, bf16 or q8_0", auto="as it was; GGUF f16"
+        None, "float32, bfloat16 or float16; of a GGUF file f32, f16, bf16, q8_0 or q4_0", auto="as it was; GGUF f16"
     )
     max_shard: str | None = key(None, "largest safetensors file, such as 2GB or 500MiB", auto="the files of the import, else 5GB")
     workers: int | None = key(None, "threads", auto=f"one a core, at most {MAX_WORKERS}")

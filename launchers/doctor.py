@@ -22,24 +22,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 12)
 GIB = 1024**3
 
-# Distribution: (what needs it, the versions this project is written for, first the CPU lock's, then the containers').
+# Distribution: what needs it. nemo_ext/platform/versions.py says which versions.
 PACKAGES = {
-    "torch": ("everything that trains", ("2.13", "2.11")),
-    "nemo_toolkit": ("recipes", ("2.7.3", "2.7.0")),
-    "megatron-core": ("recipes", ("0.15.3",)),
-    "nemo_run": ("recipes and launching", ("0.4.0", "0.11.1")),
-    "lightning": ("recipes", ("2.4.0",)),
-    "transformers": ("checkpoints from and to Hugging Face, tokenizers", ("4.57",)),
-    "transformer_engine": ("training on GPUs: fused layers, FP8, context parallelism", ("2.12",)),
-    "apex": ("optional, some fused GPU kernels", ()),
-    "nvidia-modelopt": ("quantization, pruning, distillation", ("0.37",)),
-    "tensorrt_llm": ("TensorRT-LLM engines", ("1.1", "1.2")),
-    "vllm": ("serving with vLLM", ("0.14",)),
-    "bitsandbytes": ("QLoRA", ("0.50",)),
-    "trl": ("GRPO, embedded engine", ("1.16",)),
-    "nemo_rl": ("GRPO through NeMo-RL", ()),
-    "tensorboard": ("curves while a run goes on", ()),
-    "wandb": ("optional, wandb=", ()),
+    "torch": "everything that trains",
+    "nemo_toolkit": "recipes",
+    "megatron-core": "recipes",
+    "nemo_run": "recipes and launching",
+    "lightning": "recipes",
+    "transformers": "checkpoints from and to Hugging Face, tokenizers",
+    "transformer_engine": "training on GPUs: fused layers, FP8, context parallelism",
+    "apex": "optional, some fused GPU kernels",
+    "nvidia-modelopt": "quantization, pruning, distillation",
+    "tensorrt_llm": "TensorRT-LLM engines",
+    "vllm": "serving with vLLM",
+    "bitsandbytes": "QLoRA",
+    "trl": "GRPO, embedded engine",
+    "nemo_rl": "GRPO through NeMo-RL",
+    "tensorboard": "curves while a run goes on",
+    "wandb": "optional, wandb=",
 }
 
 TOOLS = {
@@ -146,12 +146,14 @@ def gpu_rows(machine: Any, gpu: dict[str, str]) -> list[Row]:
 
 def package_rows(versions: dict[str, str | None]) -> list[Row]:
     """Each package that the project uses, with its version against the ones it is written for."""
+    from nemo_ext.platform.versions import WRITTEN_FOR, matches
+
     rows = []
-    for name, (purpose, wanted) in PACKAGES.items():
-        version = versions[name]
+    for name, purpose in PACKAGES.items():
+        version, wanted = versions[name], WRITTEN_FOR.get(name, ())
         if version is None:
             rows.append(Row("packages", name, "-", "missing", purpose))
-        elif wanted and not any(_matches(version, prefix) for prefix in wanted):
+        elif wanted and not any(matches(version, prefix) for prefix in wanted):
             rows.append(Row("packages", name, version, "warning", f"this project is written for {' or '.join(wanted)}"))
         else:
             rows.append(Row("packages", name, version))
@@ -250,12 +252,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _matches(version: str, prefix: str) -> bool:
-    """Whether `version` is `prefix` or a release, build or local version of it: 2.13.0+cpu matches 2.13."""
-    public = version.split("+")[0]
-    return public == prefix or public.startswith(prefix + ".")
 
 
 def _system() -> str:

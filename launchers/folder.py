@@ -18,10 +18,10 @@ GIB = 2**30
 
 
 @contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: two commands never write into one. A new one goes again if nothing came to lie in it."""
+def owned(run_dir: Path, patience: float = 0) -> Iterator[None]:
+    """Hold the run's folder (`nemo_ext.disk.held`). A new one goes again if nothing came to lie in it."""
     new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    with held(run_dir):
+    with held(run_dir, patience):
         try:
             yield
         finally:
@@ -66,9 +66,8 @@ def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     return run_folder.newest_checkpoint(run_dir / run_folder.CHECKPOINTS)
 
 
-def place(run_dir: Path) -> str:
-    """Where the run goes on, in words."""
-    at = newest_checkpoint(run_dir)
+def place(at: tuple[int, Path] | None) -> str:
+    """Where a run goes on whose newest checkpoint (step and path) is `at`, in words."""
     return f"from step {at[0]}, {at[1]}" if at else "from the start"
 
 

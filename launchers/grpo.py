@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import recipes
-from launchers import folder, grammar, inputs, local
+from launchers import allocation, folder, grammar, inputs, local
 from launchers.memory import Memory, Request
-from launchers.worker import JOB
+from launchers.worker import JOB, LOCK_PATIENCE
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.command_line import keys_of
@@ -73,7 +74,7 @@ def start(command: grammar.Command) -> int:
     from nemo_ext.platform import hardware
 
     machine = hardware.detect()
-    if not machine.cuda and command.keys.get("device") != "gpu":
+    if not machine.cuda and "device" not in command.keys:
         print("no CUDA device: training on the CPU (size=smoke unless model= or size= is given)")
     keys = recipes.resolve(command.recipe, command.keys, cuda=machine.cuda)
     if keys["engine"] == "nemo_rl":
@@ -81,7 +82,7 @@ def start(command: grammar.Command) -> int:
 
         return grpo_nemo_rl.start(command, keys, machine)
     if command.dryrun:
-        raise UserError("dryrun=true is for engine=nemo_rl; plan=true shows what would run")
+        raise UserError("dryrun=true is for executor=slurm and engine=nemo_rl; plan=true shows what would run")
     if command.overrides:
         raise UserError(f"{next(iter(command.overrides))}=: the embedded engine has no fields beside its keys; --help shows them")
     method, family = recipes.split(command.recipe)
@@ -94,19 +95,46 @@ def start(command: grammar.Command) -> int:
         raise UserError("device=gpu: this machine has no CUDA device; plan=true plans for one")
     keys = inputs.absolute(keys, PATHS)
     run_dir = Path(keys["out"])
-    with folder.owned(run_dir):
+    with folder.owned(run_dir, LOCK_PATIENCE if allocation.stage(command) else 0):
         check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
         if (summary := folder.complete(run_dir)) is not None:
             _export(run_dir, keys)
-            return done(f"{run_dir} is complete at step {summary['steps']}", summary)
+            done(f"{run_dir} is complete at step {summary['steps']}", summary)
+            return allocation.complete(command)
         return _run(command, keys, machine, run_dir)
 
 
 def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path) -> int:
-    """`start`, of a run of the embedded engine that is not complete and whose folder is held."""
-    from nemo_ext import report
-    from nemo_ext.grpo import evaluation
+    """`start`, of a run of the embedded engine that is not complete and whose folder is held: all of it, or the step that an
+    allocation asks for."""
 
+    def train(ready: _Ready) -> signal.Signals | None:
+        if machine.cuda:  # the engine takes one GPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        else:  # threads that wait soon give their core away: one that something else uses would stall all of them
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        return local.run(run_dir, 1, threads=machine.cpu_count, max_steps=ready.keys["steps"])
+
+    return allocation.carry_out(
+        command, run_dir, ready=lambda: _ready(command, keys, machine, run_dir), hand_over=_hand_over, train=train, finish=_finish
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run whose plan and problems are there: `keys` are final."""
+
+    command: grammar.Command
+    keys: dict[str, Any]
+    run_dir: Path
+    architecture: Architecture
+    planned: Planned
+    model: Path
+    counts: dict[str, int]
+
+
+def _ready(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path) -> _Ready:
+    """Plan the run and prepare its problems, unless that was done before."""
     method, family = recipes.split(command.recipe)
     checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
     planned = plan(keys, architecture, _memory(keys, machine))
@@ -117,39 +145,45 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
     keys["steps"] = keys["steps"] or max(1, int(keys["epochs"] * counts["train"] // keys["prompts"]))
     keys = finish(keys)
     check_same_run(run_dir, command, keys)
+    return _Ready(command, keys, run_dir, architecture, planned, model, counts)
+
+
+def _hand_over(ready: _Ready) -> bool:
+    """Write down what the worker needs; False where all steps are made: the run was killed before its summary."""
+    keys, run_dir, planned = ready.keys, ready.run_dir, ready.planned
     found = folder.usable_checkpoint(run_dir)
     started_at = found[0] if found else 0
-    if started_at < keys["steps"]:
-        folder.check_disk(run_dir, 12 * planned.parameters, keys)
-        grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, {})
-        run_folder.write_json(run_dir / run_folder.PLAN, {"lines": planned.lines(), "total": planned.total})
-        job = {
-            "recipe": command.recipe, "keys": keys, "overrides": {}, "architecture": architecture.to_dict(),
-            "tokenizer": str(run_dir / TOKENIZER), "blend": [], "weights": str(model),
-            "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at,
-        }  # fmt: skip
-        run_folder.write_json(run_dir / JOB, job)
-        if found:
-            print(f"continuing {run_dir} from step {started_at}")
-        if machine.cuda:  # the engine takes one GPU
-            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        else:  # threads that wait soon give their core away: one that something else uses would stall all of them
-            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        stopped = local.run(run_dir, 1, threads=machine.cpu_count, max_steps=keys["steps"])
-        if stopped:
-            print(f"stopped by {stopped.name}; the same command continues {folder.place(run_dir)}")
-            return 128 + stopped
-    else:  # killed between its last checkpoint and its summary
-        started_at = (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0)
+    if started_at >= keys["steps"]:
+        return False
+    folder.check_disk(run_dir, 12 * planned.parameters, keys)
+    grammar.save(run_dir / run_folder.CONFIG, ready.command.recipe, keys, {})
+    run_folder.write_json(run_dir / run_folder.PLAN, {"lines": planned.lines(), "total": planned.total})
+    job = {
+        "recipe": ready.command.recipe, "keys": keys, "overrides": {}, "architecture": ready.architecture.to_dict(),
+        "tokenizer": str(run_dir / TOKENIZER), "blend": [], "weights": str(ready.model),
+        "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at,
+    }  # fmt: skip
+    run_folder.write_json(run_dir / JOB, job)
+    if found:
+        print(f"continuing {run_dir} from step {started_at}")
+    return True
+
+
+def _finish(ready: _Ready) -> None:
+    """Report on a run that has made all its steps, and export it."""
+    from nemo_ext import report
+    from nemo_ext.grpo import evaluation
+
+    keys, run_dir, planned = ready.keys, ready.run_dir, ready.planned
     newest = folder.newest_checkpoint(run_dir)
     facts = {
-        "recipe": command.recipe,
+        "recipe": ready.command.recipe,
         "engine": "embedded",
         "parameters": planned.parameters,
         "layout": {"tp": 1, "pp": 1, "dp": 1},
-        "resumed_from_step": started_at,
-        "problems": counts["train"],
-        "heldout_problems": counts["heldout"],
+        "resumed_from_step": (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0),
+        "problems": ready.counts["train"],
+        "heldout_problems": ready.counts["heldout"],
         "checkpoint": str(newest[1]) if newest else None,
         "peak_memory": peak / GIB if (peak := run_folder.peak_memory(run_dir)) else None,
         "planned_memory": planned.total / GIB,
@@ -158,7 +192,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
     }
     summary = report.write(run_dir, facts)
     _export(run_dir, keys)
-    return done("", summary)
+    done("", summary)
 
 
 def plan(keys: dict[str, Any], architecture: Architecture, memory: float) -> Planned:
@@ -258,12 +292,11 @@ def check_same_run(run_dir: Path, command: grammar.Command, keys: dict[str, Any]
     folder.check_same_run(run_dir, command.recipe, keys, command.overrides, free=FREE_TO_CHANGE, defaults=defaults)
 
 
-def done(headline: str, summary: dict[str, Any]) -> int:
+def done(headline: str, summary: dict[str, Any]) -> None:
     """Print a complete run's result."""
     from nemo_ext import report
 
     print("\n".join(filter(None, [headline, *report.terminal_lines(summary)])))
-    return 0
 
 
 def _export(run_dir: Path, keys: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from launchers import folder, grammar, grpo, inputs
+from launchers import allocation, folder, grammar, grpo, inputs
 from launchers import nemo_rl_engine as engine
+from launchers.worker import JOB, LOCK_PATIENCE
 from nemo_ext import run_folder
 from nemo_ext.errors import UserError
 from nemo_ext.grpo.embedded import HELDOUT, TRAIN, read_rows
@@ -44,11 +45,13 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
             config = _prepare(command, keys, machine, run_dir, Path(temporary), version).config
         print(engine.yaml_text(config) + "\n" + engine.command_line(run_dir, version))
         return 0
-    engine.require_local(keys)
-    with folder.owned(run_dir):
+    if allocation.stage(command) is None:
+        engine.require_local(keys)
+    with folder.owned(run_dir, LOCK_PATIENCE if allocation.stage(command) else 0):
         grpo.check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
         if (summary := folder.complete(run_dir)) is not None:
-            return grpo.done(f"{run_dir} is complete at step {summary['steps']}", summary)
+            grpo.done(f"{run_dir} is complete at step {summary['steps']}", summary)
+            return allocation.complete(command)
         return _run(command, keys, machine, run_dir, version)
 
 
@@ -88,14 +91,34 @@ def _prepare(
 
 
 def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path, version: str) -> int:
+    """`start`, of a run that is not complete and whose folder is held: all of it, or the step that an allocation asks for."""
+
+    def ready() -> _Prepared:
+        prepared = _prepare(command, keys, machine, run_dir, run_dir, version)
+        print("\n".join(prepared.planned.lines()))
+        grpo.check_same_run(run_dir, command, prepared.keys)
+        return prepared
+
+    def hand_over(prepared: _Prepared) -> bool:
+        found = engine.newest_checkpoint(run_dir)
+        started_at = found[0] if found else 0
+        if started_at >= prepared.keys["steps"]:
+            return False
+        engine.write(run_dir, prepared.config)
+        grammar.save(run_dir / run_folder.CONFIG, command.recipe, prepared.keys, command.overrides)
+        run_folder.write_json(run_dir / JOB, {"recipe": command.recipe, "resumed_from_step": started_at})
+        return True
+
+    return allocation.carry_out(
+        command, run_dir, ready=ready, hand_over=hand_over, train=lambda prepared: engine.run_local(run_dir, version),
+        finish=lambda prepared: _finish(command, prepared, run_dir, version), newest=engine.newest_checkpoint,
+    )  # fmt: skip
+
+
+def _finish(command: grammar.Command, prepared: _Prepared, run_dir: Path, version: str) -> None:
+    """Report on a run that has made all its steps, and export it."""
     from nemo_ext import report
 
-    prepared = _prepare(command, keys, machine, run_dir, run_dir, version)
-    print("\n".join(prepared.planned.lines()))
-    grpo.check_same_run(run_dir, command, prepared.keys)
-    engine.write(run_dir, prepared.config)
-    grammar.save(run_dir / run_folder.CONFIG, command.recipe, prepared.keys, command.overrides)
-    engine.run_local(run_dir, version)
     newest = engine.newest_checkpoint(run_dir)
     facts = {
         "recipe": command.recipe,
@@ -106,9 +129,9 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
         "checkpoint": str(newest[1]) if newest else None,
     }
     summary = report.write(run_dir, facts)
-    if keys["export"] == "hf" and not (run_dir / run_folder.EXPORT).is_dir():
+    if prepared.keys["export"] == "hf" and not (run_dir / run_folder.EXPORT).is_dir():
         engine.export(run_dir, run_dir / run_folder.EXPORT)
-    return grpo.done("", summary)
+    grpo.done("", summary)
 
 
 def _gpu_memory(keys: dict[str, Any], machine: Any) -> float:

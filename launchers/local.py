@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -13,33 +14,50 @@ from pathlib import Path
 
 import psutil
 
+from launchers import folder
 from launchers.progress import follow
-from launchers.worker import LAUNCHER, die_with_parent
-from nemo_ext import run_folder
+from launchers.worker import JOB, LAUNCHER, die_with_parent
+from nemo_ext import faults, run_folder
 from nemo_ext.errors import ALMOST_NOTHING, RunError, UserError, free_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK_REPORT = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)
+WHAT_TO_DO = re.compile("; (?:the same command|logs are in)")  # follows the cause in an error's line
 # Nobody but the kernel or a person sends these; torchrun ends the other ranks with SIGTERM.
 SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.Signals | None:
+def run(run_dir: Path, processes: int, threads: int, max_steps: int, restarts: int = 0) -> signal.Signals | None:
     """Train the job in `run_dir` on `processes` local processes of `threads` threads each, showing progress.
+
+    When a process dies or hangs, all start again from the newest checkpoint, `restarts` times at most; not after a failure that
+    would only come again (see `comes_again`). Each is noted in the run's faults.
 
     Returns None when the run is complete, or the signal that stopped it after it saved. Raises RunError when a process died,
     UserError when one refused its input.
     """
     log = run_dir / run_folder.LOGS / "torchrun.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    with _forwarding() as stop:
+        for number in itertools.count(1):
+            try:
+                return _start(run_dir, log, stop, processes, threads, max_steps)
+            except RunError as error:
+                if number > restarts or comes_again(run_dir):
+                    raise
+                _go_back(run_dir, WHAT_TO_DO.split(str(error))[0], f"restart {number} of {restarts}")
+
+
+def _start(run_dir: Path, log: Path, stop: _Stop, processes: int, threads: int, max_steps: int) -> signal.Signals | None:
+    """One start of the run's processes; returns and raises as `run` does."""
     for earlier in log.parent.glob("rank*.memory.json"):
         earlier.unlink()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
                    LAUNCHER: str(os.getpid())}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                "-m", "launchers.worker", str(run_dir)]  # fmt: skip
-    with open(log, "w") as output, _forwarding() as stop:
+    with open(log, "w") as output:
         run_folder.write_status(run_dir, "starting", 0, max_steps)
         streams = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         stop.process = subprocess.Popen(command, **streams, env=environment, cwd=ROOT, start_new_session=True,
@@ -57,6 +75,23 @@ def run(run_dir: Path, processes: int, threads: int, max_steps: int) -> signal.S
     if stop.received:  # before the first step there is nothing to save
         return stop.received
     _raise_cause(run_dir, status, log)
+
+
+def comes_again(run_dir: Path) -> bool:
+    """Whether the failure that status.json tells would end the next start too: a loss that is no number, a full disk."""
+    status = run_folder.read_status(run_dir) or {}
+    return status.get("phase") == "failed" and not status.get("again", True) or free_bytes(run_dir) < ALMOST_NOTHING
+
+
+def _go_back(run_dir: Path, cause: str, which: str) -> None:
+    """Let the job go on from the newest checkpoint, and say so."""
+    found = folder.usable_checkpoint(run_dir)
+    step = found[0] if found else 0
+    job = run_folder.read_json(run_dir / JOB)
+    run_folder.write_json(run_dir / JOB, {**job, "checkpoint": str(found[1]) if found else None, "resumed_from_step": step})
+    faults.note(run_dir, "restart", step, cause)
+    with suppress(OSError):  # the terminal is gone
+        print(f"{cause}: {which}, {f'from step {step}' if found else 'from the start'}", flush=True)
 
 
 class _Stop:
@@ -109,7 +144,7 @@ def _raise_cause(run_dir: Path, status: dict, log: Path) -> None:
     """Raise the one error that says why the run failed: a rank that died suddenly, what a rank said, or what torchrun saw."""
     where = f"logs are in {log.parent}"
     reports = _reports(log)
-    for rank, code in reports:
+    for rank, code in [] if status.get("hung") else reports:  # torchrun kills a frozen rank after the others have said so
         if -code in SUDDEN:
             memory = "; out of memory?" if code == -signal.SIGKILL else ""
             cause = f"rank {rank} was killed ({signal.Signals(-code).name}{memory})"

@@ -7,10 +7,10 @@ Not named nemo_rl.py: `python launchers/run.py` puts this folder first on Python
     nemo_rl_engine.write(run_dir, config)
     nemo_rl_engine.run_local(run_dir, version)                           # inside the container
     nemo_rl_engine.export(run_dir, out)                                  # the last checkpoint as a Hugging Face folder
-    text = nemo_rl_engine.sbatch(run_dir, version, nodes, gpus, slurm)   # or through SLURM, as a batch script
 
-Starting is untested: neither NeMo-RL's container nor a SLURM cluster was at hand. What is started follows `docs/cluster.md`,
-`docs/local-workstation.md` and `ray.sub` of the sources that `nemo_ext/grpo/nemo_rl/versions` names.
+On more machines than one a batch script starts it (`launchers/slurm/ray.py`). Starting is untested: NeMo-RL's container was not
+at hand. What is started follows `docs/cluster.md`, `docs/local-workstation.md` and `ray.sub` of the sources that
+`nemo_ext/grpo/nemo_rl/versions` names.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ HOME = "/opt/nemo-rl"  # NeMo-RL's source in its container
 IMAGE = "nvcr.io#nvidia/nemo-rl"
 LOG = "nemo_rl.log"
 PATIENCE = 60.0  # seconds that a stopped run has to end
-# Ports of the versions' ray.sub: of the head, and of Ray's workers, first and last.
-PORTS = {"v0.5.0": (54514, 54001, 54513), "v0.8.0": (1200, 2000, 2999)}
 VLLM_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1}
 
 
@@ -121,9 +119,13 @@ def write(run_dir: Path, config: dict[str, Any]) -> Path:
 
 
 def command(run_dir: Path, version: str, home: str = HOME) -> list[str]:
-    """The driver's command, as `uv run` of NeMo-RL's project starts it. `environment` belongs to it."""
-    program = ["python", "-m", "nemo_ext.grpo.nemo_rl.train", f"run={run_dir}", f"version={version}"]
-    return ["uv", "run", "--directory", home, *program]
+    """The driver's command with its keys. `environment` belongs to it."""
+    return [*driver(home), f"run={run_dir}", f"version={version}"]
+
+
+def driver(home: str = HOME) -> list[str]:
+    """The driver's command without its keys, as `uv run` of NeMo-RL's project starts it."""
+    return ["uv", "run", "--directory", home, "python", "-m", "nemo_ext.grpo.nemo_rl.train"]
 
 
 def environment(run_dir: Path) -> dict[str, str]:
@@ -205,85 +207,6 @@ def run_local(run_dir: Path, version: str) -> None:
             raise UserError(status["message"])
         cause = status["message"] if known else f"NeMo-RL ended with exit code {code}"
         raise RunError(f"{cause}; the log is {log}, the same command continues from the newest checkpoint")
-
-
-@dataclass(frozen=True)
-class Slurm:
-    """Where a batch job runs. `mounts`: further folders that the container sees, each under its own path."""
-
-    account: str | None = None
-    partition: str | None = None
-    time: str = "4:00:00"
-    name: str = "grpo"
-    container: str | None = None  # an image or a squashfs file; None: NeMo-RL's own of the version
-    mounts: tuple[str, ...] = ()
-    gres: bool = True  # ask for GPUs by --gres; some clusters give whole machines and refuse it
-
-
-def sbatch(run_dir: Path, version: str, nodes: int, gpus: int, slurm: Slurm, home: str = HOME) -> str:
-    """The batch script: Ray's head on the first machine, a worker on each other one, the driver beside the head once all
-    GPUs are there. What `ray.sub` of NeMo-RL does, without its retries of everything and its attach scripts.
-
-    Raises UserError for a value that a script cannot hold.
-    """
-    head_port, first_port, last_port = PORTS[version]
-    for name, value in dataclasses.asdict(slurm).items():
-        if isinstance(value, str) and re.search(r"[\n\"'`$\\]", value):
-            raise UserError(f"{name}={value!r} holds a character that a batch script cannot")
-    for path in (str(run_dir), str(ROOT), *slurm.mounts):
-        if re.search(r"[\s,:\"'`$\\]", path):
-            raise UserError(f"{path!r}: a folder that a container mounts cannot hold spaces, commas, colons or quotes")
-    image = slurm.container or f"{IMAGE}:{version}"
-    mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys([str(ROOT), str(run_dir), *slurm.mounts]))
-    logs = run_dir / run_folder.LOGS
-    directives = {
-        "job-name": slurm.name, "account": slurm.account, "partition": slurm.partition, "time": slurm.time, "nodes": nodes,
-        "ntasks-per-node": 1, "gres": f"gpu:{gpus}" if slurm.gres else None, "output": logs / "slurm-%j.log",
-    }  # fmt: skip
-    ask = "\n".join(f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None)
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(run_dir).items())
-    resources = shlex.quote(f'{{"worker_units": {gpus}, "slurm_managed_ray_cluster": 1}}')
-    ray = f"ray start --disable-usage-stats --block --resources={resources}"
-    head = f'{ray} --head --node-ip-address="$RAY_HEAD" --port={head_port}'
-    worker = f'{ray} --address="$RAY_HEAD:{head_port}" --min-worker-port={first_port} --max-worker-port={last_port}'
-    others = f"""
-# A worker may come before the head listens: it tries again.
-srun --overlap --nodes={nodes - 1} --ntasks={nodes - 1} --nodelist="$(IFS=,; echo "${{machines[*]:1}}")" "${{inside[@]}}" \\
-    --container-name=ray-worker --output={logs}/ray-worker-%t.log \\
-    bash -c {shlex.quote(f"for try in {{1..20}}; do {worker}; sleep 5; done; exit 1")} &
-started+=($!)
-"""
-    return f"""#!/bin/bash
-{ask}
-#SBATCH --exclusive
-
-set -euo pipefail
-
-machines=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
-export RAY_HEAD=$(getent ahostsv4 "${{machines[0]}}" | awk 'NR == 1 {{print $1}}')
-{exports}
-unset UV_CACHE_DIR  # the container has its own
-
-inside=(--no-container-mount-home --mpi=pmix --container-image={image} --container-mounts={mounts} --container-workdir={home})
-started=()
-trap 'kill "${{started[@]}}" 2>/dev/null || true' EXIT
-
-srun --overlap --nodes=1 --ntasks=1 --nodelist="${{machines[0]}}" "${{inside[@]}}" \\
-    --container-name=ray-head --output={logs}/ray-head.log \\
-    bash -c {shlex.quote(head)} &
-started+=($!)
-{others if nodes > 1 else ""}
-on_head=(srun --overlap --nodes=1 --ntasks=1 --nodelist="${{machines[0]}}" --no-container-mount-home --container-name=ray-head)
-until [[ "$("${{on_head[@]}}" ray status 2>/dev/null)" == *"/{nodes * gpus}.0 worker_units"* ]]; do
-    for each in "${{started[@]}}"; do
-        kill -0 "$each" 2>/dev/null || {{ echo "Ray did not start: see {logs}" >&2; exit 1; }}
-    done
-    sleep 5
-done
-
-"${{on_head[@]}}" --container-workdir={home} --output={logs}/{LOG} \\
-    {shlex.join(command(run_dir, version, home))}
-"""
 
 
 def _home() -> str:

@@ -94,11 +94,11 @@ class _Run:
         `narrow`."""
         parts = []
         if self.record:
-            parts += _what_it_learns(self.record)
+            parts += what_it_learns(self.record)
         if self.held_out is not None and not (narrow and self.record):
             parts.append(f"held-out {self.held_out:.4f}")
         if self.record:
-            parts.append(f"{_figure(self.record.get('tokens_per_s'), ',.0f')} tokens/s")
+            parts.append(f"{figure(self.record.get('tokens_per_s'), ',.0f')} tokens/s")
             if "tflops" in self.record or "reward" not in self.record:
                 parts.append(flops_text(self.record.get("tflops") or 0.0))
         if self.eta is not None:
@@ -106,14 +106,14 @@ class _Run:
         return "  ".join(parts)
 
 
-def _what_it_learns(record: dict[str, Any]) -> list[str]:
+def what_it_learns(record: dict[str, Any]) -> list[str]:
     """The loss, or where a run learns from rewards, reward and length of its answers."""
     if "reward" not in record:
-        return [f"loss {_figure(record.get('loss'), '.4f')}"]
-    return [f"reward {_figure(record['reward'], '.3f')}", f"{_figure(record.get('length'), '.1f')} tokens an answer"]
+        return [f"loss {figure(record.get('loss'), '.4f')}"]
+    return [f"reward {figure(record['reward'], '.3f')}", f"{figure(record.get('length'), '.1f')} tokens an answer"]
 
 
-def _figure(value: float | None, pattern: str) -> str:
+def figure(value: float | None, pattern: str) -> str:
     """JSON's null stands for a value that is no number."""
     return "nan" if value is None else format(value, pattern)
 
@@ -165,10 +165,10 @@ class _LineView:
     def show(self, run: _Run, records: list[dict]) -> None:
         for record in records:
             if "val_reward" in record:
-                self._line(f"held-out reward {_figure(record['val_reward'], '.4f')} at step {record['step']}")
+                self._line(f"held-out reward {figure(record['val_reward'], '.4f')} at step {record['step']}")
             elif "val_loss" in record:
-                ppl = _figure(record.get("val_ppl"), ",.2f")
-                self._line(f"held-out loss {_figure(record['val_loss'], '.4f')}, perplexity {ppl} at step {record['step']}")
+                ppl = figure(record.get("val_ppl"), ",.2f")
+                self._line(f"held-out loss {figure(record['val_loss'], '.4f')}, perplexity {ppl} at step {record['step']}")
         self._show_phase(run)
         if any(not run_folder.is_validation(record) for record in records) and self._due(run):
             self._line(f"step {run.step}/{run.max_steps}  {run.figures()}")

@@ -1,6 +1,6 @@
 """One process of a run: builds the recipe that the launcher wrote down, and trains.
 
-Started by torchrun (or a cluster's launcher) once a device, as `python -m launchers.worker RUN_FOLDER`. Its output goes to
+Started by torchrun or by SLURM's srun once a device, as `python -m launchers.worker RUN_FOLDER`. Its output goes to
 `logs/rankN.log` of the run; what people see comes from metrics.jsonl and status.json.
 """
 
@@ -9,40 +9,89 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
+
+import psutil
 
 JOB = "job.json"  # what the launcher hands over: recipe, keys, overrides, shape and this machine's paths
 LAUNCHER = "LLM_BUILDER_LAUNCHER"  # environment: the process id of a launcher on this machine
 PR_SET_PDEATHSIG = 1
+LOCK_PATIENCE = 150  # seconds that a dead node's lock may outlive it on a file server (NFS 4: a lease of 90)
 GIB = 2**30
 LIBC = ctypes.CDLL(None)
 
 
 def main(run_dir: Path) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # until StopOnSignal takes it
     die_with_parent()
     os.register_at_fork(after_in_child=die_with_parent)  # the processes that write checkpoints
+    os.environ.update(from_slurm(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     _log_to(run_dir / "logs" / f"rank{rank}.log")
     from nemo_ext import run_folder
-    from nemo_ext.errors import explain, is_lost_connection
+    from nemo_ext.disk import held
+    from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
 
-    try:
-        train(run_folder.read_json(run_dir / JOB), run_dir)
-    except Exception as error:
-        with suppress(OSError):
-            traceback.print_exc()
-        code = getattr(error, "exit_code", 1)
-        if not is_lost_connection(error):
+    with ExitStack() as stack:
+        if rank == 0 and LAUNCHER not in os.environ:  # else a launcher on this machine holds the folder
+            try:
+                stack.enter_context(held(run_dir, LOCK_PATIENCE))
+            except UserError as error:  # and status.json is another run's
+                print(error, flush=True)
+                return error.exit_code
+        try:
+            train(run_folder.read_json(run_dir / JOB), run_dir)
+        except Exception as error:
             with suppress(OSError):
-                run_folder.write_failure(run_dir, explain(error, run_dir), code)
-        os._exit(code)  # threads of libraries may wait for ranks that are gone
+                traceback.print_exc()
+            code = getattr(error, "exit_code", 1)
+            if not is_lost_connection(error):
+                with suppress(OSError):
+                    again = not isinstance(error, (RunError, UserError))  # else another start would end the same
+                    run_folder.write_failure(run_dir, explain(error, run_dir), code, again=again)
+            os._exit(code)  # threads of libraries may wait for ranks that are gone
     return 0
+
+
+def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set, from what srun sets; nothing where torchrun has set it, or where srun did not start this process.
+
+    The job's script sets MASTER_ADDR and MASTER_PORT. With TORCHELASTIC_RUN_ID Lightning believes in torchrun: left to find
+    SLURM, it saves and requeues by itself at SIGUSR1. Gloo would listen at the address of the host's own name, which Debian has
+    as 127.0.1.1: it is given the interface by which a node reaches the one that srun runs on.
+    """
+    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return {}
+    tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_STEP_NUM_NODES"])
+    found = {
+        "RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environment["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "GROUP_RANK": environment["SLURM_NODEID"], "TORCHELASTIC_RUN_ID": f"slurm-{environment['SLURM_JOB_ID']}",
+    }  # fmt: skip
+    if nodes > 1 and "GLOO_SOCKET_IFNAME" not in environment:
+        interface = interface_towards(environment["SLURM_LAUNCH_NODE_IPADDR"])
+        found |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    return found
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which an address, which may be this host's own, is reached; None where no route leads there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # of a datagram socket: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if any(each.address == own for each in addresses)), None)
 
 
 def train(job: dict, run_dir: Path) -> None:
@@ -84,7 +133,10 @@ def _hold_to(size: float) -> None:
 @contextmanager
 def _left_on_device() -> Iterator[None]:
     """Keep Lightning from copying the model and the optimizer's states to host memory when a fit ends: for the ranks of a node
-    that is hundreds of GB, and this process ends next."""
+    that is hundreds of GB, and this process ends next. Does nothing where the recipe has no Lightning (GRPO)."""
+    if "lightning.pytorch" not in sys.modules:
+        yield
+        return
     from lightning.pytorch import LightningModule
 
     states = mock.patch("lightning.pytorch.strategies.strategy._optimizers_to_device")
@@ -132,10 +184,12 @@ def _log_to(file: Path) -> None:
         stream.flush()
         os.dup2(descriptor, stream.fileno())
     os.close(descriptor)
-    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} starts", flush=True)
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} on {socket.gethostname()} starts", flush=True)
 
 
 if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1])))
 elif __name__ == "__mp_main__":  # a process that multiprocessing starts anew, such as the queue of the checkpoint writers
     die_with_parent()
+    for each in (signal.SIGTERM, signal.SIGUSR1):  # SLURM's go to every process of a step: this one serves the last checkpoint
+        signal.signal(each, signal.SIG_IGN)

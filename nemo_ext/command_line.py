@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ext.errors import RunError, UserError, explain
@@ -27,6 +30,7 @@ HELP = ("--help", "-h", "help")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "Any": object}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 NO_DEFAULT = dataclasses.MISSING
+OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9]+)+)$")  # 0123 and 1:30:00: numbers to YAML 1.1, to base 8 and 60
 
 
 class Stopped(BaseException):
@@ -82,7 +86,7 @@ def settings(arguments: Iterable[str], example: str) -> tuple[dict[str, Any], bo
 def read_config(file: Path) -> dict[str, Any]:
     """The settings of a YAML file, nested mappings flattened to paths: `{"trainer.max_steps": 5, "lr": 1e-5}`."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.create(yaml.load(file.read_text("utf-8"), _loader())), resolve=True)
     except FileNotFoundError:
         raise UserError(f"config={file}: there is no such file") from None
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -229,7 +233,7 @@ def _default(default: Any, field: dataclasses.Field) -> str:
 def _value(name: str, text: str) -> Any:
     """A value as YAML reads it, with OmegaConf's numbers (1e-5 is a float). What begins with a sign that YAML keeps for itself,
     as the glob `*.jsonl` does, is text."""
-    if text.startswith(tuple("*&!%@`")):
+    if text.startswith(tuple("*&!%@`")) or OLD_NUMBER.match(text):
         return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"] if text else None
@@ -245,6 +249,19 @@ def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _loader() -> type:
+    """OmegaConf's YAML, in which a time of day, 1:30:00, is text and no number to base 60."""
+
+    class Loader(get_yaml_loader()):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: ([("tag:yaml.org,2002:str", OLD_NUMBER)] if first in "+-0123456789" else []) + resolvers
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
+    return Loader
 
 
 def _line(error: BaseException) -> str:

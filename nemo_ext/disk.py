@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from nemo_ext.errors import UserError
 
@@ -44,9 +46,12 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make `folder`, which `out=` names, and hold it: two commands never write into one. Raises UserError if it cannot be written
-    or another command holds it. The system lets go when the holder dies."""
+def held(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Make `folder`, which `out=` names, and hold it: two commands never write into one, also not on two nodes that share it.
+
+    The system lets go when the holder dies; a file server may learn of a dead node late, for which there are `patience` seconds.
+    Raises UserError if the folder cannot be written, another command holds it, or its file system has no locks.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "w")
@@ -54,8 +59,19 @@ def held(folder: Path) -> Iterator[None]:
         what = "" if error.filename in (None, str(folder)) else f": {error.filename}"
         raise UserError(f"out={folder} cannot be written: {error.strerror}{what}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out={folder}: another command is running there") from None
+        _lock(lock, folder, patience)
         yield
+
+
+def _lock(file: IO, folder: Path, patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise UserError(f"out={folder}: another command is running there") from None
+            time.sleep(1)
+        except OSError as error:
+            why = f"its file system has no locks ({error.strerror}): mount it with them (Lustre: -o flock)"
+            raise UserError(f"out={folder}: {why}, or give an out= elsewhere") from None

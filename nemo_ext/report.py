@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ext import rank_report, run_folder
+from nemo_ext import faults, rank_report, run_folder
 from nemo_ext.disk import write_atomic
 
 WARM_UP_STEPS = 2  # the first steps of a run (allocation, compilation, cold caches) say nothing about its speed
@@ -53,7 +53,8 @@ def write(run_dir: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     """
     run_dir = Path(run_dir)
     steps, validations = run_folder.read_records(run_dir)
-    summary = summarise(steps, validations, facts)
+    survived = faults.counts(run_dir)
+    summary = summarise(steps, validations, {**facts, **({"faults": survived} if survived else {})})
     plots = _write_plots(run_dir, steps, validations, summary["resumed_from_step"])
     summary["paths"] = {
         "run": str(run_dir),
@@ -224,6 +225,8 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
             planned = f" ({summary['planned_memory']:.2f} planned)" if summary.get("planned_memory") else ""
             speed += f", {summary['memory']:.2f} GiB peak{planned}"
         rows.append(("speed", speed))
+    if summary.get("faults"):
+        rows.append(("faults", faults.text(summary["faults"])))
     if summary["layout"]:
         layout = summary["layout"]
         batch = f"; {batch_text(layout)}" if isinstance(layout, dict) and layout.get("micro_batch") else ""

@@ -182,6 +182,11 @@ def write_manifest(checkpoint: Path) -> None:
     write_json(checkpoint / MANIFEST, sizes)
 
 
+def manifest_bytes(checkpoint: Path) -> int:
+    """What the files of a checkpoint hold together, by its list of them; 0 where it has none."""
+    return sum((read_json(checkpoint / MANIFEST) or {}).values())
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, by the sizes of its files; None where nothing is, or where it has no list of them."""
     if not (checkpoint / MANIFEST).exists():

@@ -237,13 +237,18 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 def _positive(keys: dict[str, Any]) -> None:
     for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp "
                  "cp ep gpu_memory every val_every eps layer_decay epochs rank alpha lora_plus "
-                 "experts top_k top_layers init_rank target_rank delta_t n_frequency scaling").split():  # fmt: skip
+                 "experts top_k top_layers init_rank target_rank delta_t n_frequency scaling spike_window").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
     for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview", "answers", "balance",
-                 "rank_warmup", "rank_final", "orthogonality", "frequency_seed"):  # fmt: skip
+                 "rank_warmup", "rank_final", "orthogonality", "frequency_seed", "restarts", "hang_timeout",
+                 "straggler_factor"):  # fmt: skip
         if keys[name] is not None and keys[name] < 0:
             raise UserError(f"{name}={keys[name]} must not be negative")
+    if keys["spike_factor"] <= 1:
+        raise UserError(f"spike_factor={keys['spike_factor']} must be above 1")
+    if keys["keep"] == 0 and "rollback" in (keys["on_nan"], keys["on_spike"]):
+        raise UserError("on_nan= and on_spike=rollback go back to a checkpoint, and keep=0 saves none: keep=1")
     if keys["min_lr"] is not None and keys["min_lr"] > keys["lr"]:
         raise UserError(f"min_lr={keys['min_lr']} is above lr={keys['lr']}")
     if keys["steps"] and keys["warmup"] is not None and keys["warmup"] >= keys["steps"]:

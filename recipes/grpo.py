@@ -143,6 +143,8 @@ def resolve(name: str, family: str, given: dict[str, Any], *, cuda: bool) -> dic
     if "data" not in given:
         task = {**TASK, **(SMOKE if keys["size"] == "smoke" else {})}
         keys |= {k: v for k, v in task.items() if k not in given}
+        if "warmup" not in given:
+            keys["warmup"] = min(keys["warmup"], (keys["steps"] or keys["warmup"] * 4) // 4)  # of a shorter run
     installed = importlib.util.find_spec("nemo_rl") is not None
     keys["engine"] = keys["engine"] or ("nemo_rl" if installed and not on_cpu else "embedded")
     embedded = keys["engine"] == "embedded"

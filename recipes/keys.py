@@ -134,6 +134,10 @@ class TrainKeys:
     orthogonality: float = key(0.5, "weight of |P^T P - I| and |Q Q^T - I| in the loss", only=ADALORA)
     n_frequency: int = key(1000, "learnt frequencies of every linear", only=FOURIERFT)
     scaling: float = key(300.0, "factor of the inverse Fourier transform", only=FOURIERFT)
+    spectrum_start: str = key(
+        "zeros", "first coefficients: zeros leaves the model as it was; normal is the paper's, with scaling=300 too much for small "
+        "models", choices=("zeros", "normal"), only=FOURIERFT,
+    )  # fmt: skip
     frequency_seed: int = key(777, "seed that draws the frequencies (PEFT's random_loc_seed)", only=FOURIERFT)
 
     nodes: int = key(1, "machines", path="trainer.num_nodes", group="parallelism")
@@ -177,6 +181,22 @@ class TrainKeys:
     )
     tensorboard: bool = key(True, "write TensorBoard event files")
     wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")
+
+    restarts: int = key(0, "times that all processes start again from the newest checkpoint when one dies or hangs",
+                        group="faults")  # fmt: skip
+    hang_timeout: float = key(480.0, "end a run in which a process comes no further for so long, with every stack; 0 never",
+                              unit="seconds")  # fmt: skip
+    on_nan: str = key("stop", "a step whose loss or gradient is no finite number: stop, leave it out, or also go back to "
+                      "the newest checkpoint's weights", choices=("stop", "skip", "rollback"))  # fmt: skip
+    on_spike: str = key("none", "a step whose loss jumps", choices=("none", "stop", "skip", "rollback"))
+    spike_factor: float = key(1.5, "a loss jumps when it is above so many times the median of the last spike_window good ones")
+    spike_window: int = key(32, "good losses that the median is of; before there are so many nothing jumps", unit="steps")
+    straggler_factor: float = key(1.5, "report a process whose forward passes take so many times its peers' median, 0 for never")
+
+
+def bytes_per_parameter(keys: dict[str, Any]) -> int:
+    """What a checkpoint holds of a parameter that is trained: it, its moments in fp32 and, in lower precision, its fp32 copy."""
+    return 12 if keys["precision"] == "fp32" else 14
 
 
 def fields() -> dict[str, dataclasses.Field]:

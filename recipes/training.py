@@ -22,16 +22,20 @@ from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
+from nemo_ext.callbacks.guard import LossGuard
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.random_state import SeedEachStep
 from nemo_ext.callbacks.rank_allocation import RankAllocation
 from nemo_ext.callbacks.stop import StopOnSignal
+from nemo_ext.callbacks.stragglers import Stragglers
+from nemo_ext.callbacks.watchdog import Watchdog
 from nemo_ext.data.chat.module import ChatDataModule
 from nemo_ext.data.module import CorpusDataModule
 from nemo_ext.errors import UserError
 from nemo_ext.modeling import model_config
 from nemo_ext.optim import MegatronAdam, WarmupSchedule
 from nemo_ext.run_folder import CHECKPOINTS
+from recipes.keys import bytes_per_parameter
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = {"bf16": "bf16-mixed", "fp8": "bf16-mixed", "fp16": "16-mixed", "fp32": "32"}
@@ -83,7 +87,8 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         overlap_grad_reduce=keys["overlap"],
         overlap_param_gather=keys["overlap"] and distributed,
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=True,
+        # raises on the rank that sees one; loss scaling, and a guard, want to see it after the sum over the ranks
+        check_for_nan_in_grad=keys["on_nan"] == "stop" and keys["precision"] != "fp16",
     )
     trained, what = None, {}
     if adapter:
@@ -110,6 +115,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
     )
     callbacks = [
         *_balance(keys, architecture, adapter),
+        run.Config(Watchdog, run_dir="", timeout=keys["hang_timeout"]),
         run.Config(
             MetricsCallback,
             run_dir="",
@@ -119,12 +125,21 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
             max_steps=keys["steps"],
             tensorboard=keys["tensorboard"],
             wandb=keys["wandb"],
+            stop_on_nan=keys["on_nan"] == "stop",
         ),
+        *_guards(keys),
         *_rank_allocation(keys, architecture, adapter),
         run.Config(SeedEachStep, seed=keys["seed"], adapter_dropout=keys["dropout"] if adapter else 0.0),
         run.Config(StopOnSignal),
         run.Config(Evaluation, every=keys["val_every"]),
-        run.Config(AtomicCheckpoint, folder=CHECKPOINTS, every=keys["every"], keep=keys["keep"], async_save=keys["async_save"]),
+        run.Config(
+            AtomicCheckpoint,
+            folder=CHECKPOINTS,
+            every=keys["every"],
+            keep=keys["keep"],
+            async_save=keys["async_save"],
+            size=(trained or architecture.num_parameters()) * bytes_per_parameter(keys),
+        ),
     ]
     return run.Config(
         nl.Trainer,
@@ -143,6 +158,17 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         check_val_every_n_epoch=1_000_000_000,  # the Evaluation callback decides
         use_distributed_sampler=False,
     )
+
+
+def _guards(keys: dict[str, Any]) -> list[run.Config]:
+    """What looks at a step's loss before it is applied, and at the ranks' times."""
+    found = []
+    if keys["on_nan"] != "stop" or keys["on_spike"] != "none":
+        spikes = dict(on_spike=keys["on_spike"], spike_factor=keys["spike_factor"], spike_window=keys["spike_window"])
+        found.append(run.Config(LossGuard, run_dir="", on_nan=keys["on_nan"], **spikes))
+    if keys["straggler_factor"] and keys["nodes"] * keys["gpus"] > 1:
+        found.append(run.Config(Stragglers, run_dir="", factor=keys["straggler_factor"]))
+    return found
 
 
 def _rank_allocation(keys: dict[str, Any], architecture: Architecture, adapter: str | None) -> list[run.Config]:

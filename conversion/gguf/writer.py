@@ -1,7 +1,7 @@
-"""GGUF files out: a Hugging Face folder becomes a file that llama.cpp runs, f32, f16, bf16 or Q8_0.
+"""GGUF files out: a Hugging Face folder becomes a file that llama.cpp runs, f32, f16, bf16, Q8_0 or Q4_0.
 
 The `gguf` package writes the format and quantizes; tensors are read, stored and, from the finished file, read back and compared
-one at a time. As in llama.cpp's own converter vectors stay f32, and a matrix whose rows Q8_0's blocks of 32 do not divide f16.
+one at a time. As in llama.cpp's own converter vectors stay f32, and a matrix whose rows the blocks of 32 do not divide f16.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ from nemo_ext.errors import RunError, UserError, free_bytes, is_full
 
 Progress = Callable[[int, int, str], None]
 
-F32, F16, BF16, Q8_0 = (getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0"))
+F32, F16, BF16, Q8_0, Q4_0 = (getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0"))
 KINDS = {
     "f32": (F32, LlamaFileType.ALL_F32),
     "f16": (F16, LlamaFileType.MOSTLY_F16),
     "bf16": (BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+# The largest code of a block's scale, and by how many steps a value may be off: Q4_0's codes go from -8, which the largest value
+# gets, to 7, so that its negative is a whole step off.
+_BLOCKS = {Q8_0: (127, 0.5), Q4_0: (8, 1.0)}
 _CASTS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
@@ -82,11 +86,11 @@ class _Tensor:
 def from_hf(hf_dir: Path, file: Path, kind: str = "f16", progress: Progress | None = None, name: str | None = None) -> Written:
     """Write the Hugging Face model in `hf_dir` as the GGUF file `file`.
 
-    `kind` is that of the matrices: "f32", "f16", "bf16" or "q8_0". `progress(done, total, "tensors")` counts every tensor
+    `kind` is that of the matrices: "f32", "f16", "bf16", "q8_0" or "q4_0". `progress(done, total, "tensors")` counts every tensor
     twice, when it is stored and when it is read back. `name` becomes general.name; by default it is guessed from the model card
-    and the folder. The file appears only when it is complete and equals its source: exactly after a cast, for Q8_0 within half
-    a step of each block. Raises UserError for a family or tokenizer that llama.cpp does not have, tensors that do not fit
-    config.json or `kind`, a `file` that is there, no space.
+    and the folder. The file appears only when it is complete and equals its source: exactly after a cast, within half a step of
+    each block for Q8_0, within a step for Q4_0. Raises UserError for a family or tokenizer that llama.cpp does not have, tensors
+    that do not fit config.json or `kind`, a `file` that is there, no space.
     """
     hf_dir, file = Path(hf_dir), Path(file)
     model, plan = _plan(hf_dir, kind)
@@ -225,14 +229,15 @@ def _compare(file: Path, plan: Mapping[str, _Tensor], report: Callable[[int], No
 
 
 def _allowed(source: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """By how much a stored value may differ: what the cast does, or in a block of Q8_0 half a step of its scale in fp16."""
+    """By how much a stored value may differ: what the cast does, or in a block the steps of its scale in fp16."""
     if kind in _CASTS:
         weights = torch.from_numpy(source)
         return (weights.to(_CASTS[kind]).float() - weights).abs().numpy()
     blocks = source.reshape(-1, GGML_QUANT_SIZES[kind][0])
-    scale = abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    rounding = abs(scale.astype(np.float16).astype(np.float32) - scale) * 127
-    return np.broadcast_to(scale * np.float32(0.5 + 1e-4) + rounding, blocks.shape).reshape(source.shape)
+    largest, steps = _BLOCKS[kind]
+    scale = abs(blocks).max(axis=1, keepdims=True) / np.float32(largest)
+    rounding = abs(scale.astype(np.float16).astype(np.float32) - scale) * largest
+    return np.broadcast_to(scale * np.float32(steps + 1e-4) + rounding, blocks.shape).reshape(source.shape)
 
 
 @contextlib.contextmanager

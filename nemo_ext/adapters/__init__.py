@@ -167,7 +167,8 @@ def transform_settings(architecture: Architecture, keys: dict[str, Any], kind: s
         return {**where, "dim": keys["init_rank"], "alpha": keys["alpha"], "dropout": keys["dropout"]}
     if kind == "fourierft":
         count = frequencies(architecture, names, keys)
-        return {**where, "n_frequency": count, "scaling": keys["scaling"], "frequency_seed": keys["frequency_seed"]}
+        return {**where, "n_frequency": count, "scaling": keys["scaling"], "frequency_seed": keys["frequency_seed"],
+                "start": keys["spectrum_start"]}  # fmt: skip
     dims, numerators = ranks(family, keys), alphas(family, keys)
 
     def alpha(value: float, rank: int) -> float:

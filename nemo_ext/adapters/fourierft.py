@@ -2,7 +2,8 @@
 
 dW[p, q] = scaling / (out in) sum_k c_k cos(2 pi (u_k p / out + v_k q / in)), the real part of the inverse Fourier transform of a
 matrix that has the learnt coefficients c `[n]` at n drawn places (u, v) and is zero elsewhere. Places and scale are PEFT's, and
-so is the start, c from N(0, 1). There is one spectrum for each linear of the Hugging Face model.
+so are the two starts: c = 0 (PEFT's `init_weights=True`), where the model begins as it was, or c from N(0, 1), the paper's. There
+is one spectrum for each linear of the Hugging Face model.
 
 `SpectralLinear` never keeps dW for the backward pass, and computes dW x in the cheaper of two ways: from dW, or, where few
 frequencies meet a large matrix, by cos(a + b) = cos a cos b - sin a sin b as two thin products [in, 2n] and [2n, out]. Tensor
@@ -37,17 +38,19 @@ class FourierFT(CanonicalLoRA):
     n_frequency: int = 1000
     scaling: float = 300.0
     frequency_seed: int = 777
+    start: str = "zeros"
 
     def adapter(self, m: nn.Module, width: int, part: str, full_name: str) -> nn.Module:
         """The adapter of `width` of m's output features."""
         return SpectralAdapter(m, width, full_name.rsplit(".", 1)[-1] if part == full_name else "", self.n_frequency,
-                               self.scaling, self.frequency_seed)  # fmt: skip
+                               self.scaling, self.frequency_seed, self.start == "normal")  # fmt: skip
 
 
 class SpectralAdapter(nn.Module):
     """dW x beside a linear, this rank's part of it: [s, b, in] -> [s, b, out], both as the linear has them."""
 
-    def __init__(self, linear: nn.Module, width: int, fused: str, count: int, scaling: float, seed: int):
+    def __init__(self, linear: nn.Module, width: int, fused: str, count: int, scaling: float, seed: int,
+                 normal: bool):  # fmt: skip
         """`width` are all output features of the adapted part of Megatron's `linear`; `fused` is its name where that is all."""
         super().__init__()
         config = linear.config
@@ -55,7 +58,7 @@ class SpectralAdapter(nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self.gathered = config.sequence_parallel and gathered  # the linear hands on all tokens, and adds up their gradients
         self.device = next(linear.parameters()).device
-        self.count, self.outputs, self.inputs = count, width, inputs
+        self.count, self.outputs, self.inputs, self.normal = count, width, inputs, normal
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         rows, columns = Slice(0, width), Slice(0, inputs)
         if self.input_is_parallel:
@@ -86,8 +89,9 @@ class SpectralAdapter(nn.Module):
 
     @torch.no_grad()
     def draw(self, words: str) -> None:
-        """The first coefficients, determined by `words` alone."""
-        self.coefficients.copy_(torch.randn(self.count, generator=generator(words)))
+        """The first coefficients: zeros, or determined by `words` alone."""
+        if self.normal:
+            self.coefficients.copy_(torch.randn(self.count, generator=generator(words)))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

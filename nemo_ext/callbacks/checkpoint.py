@@ -15,7 +15,18 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_ext.disk import sync, sync_tree
-from nemo_ext.run_folder import PARTIAL, checkpoints, clear_partial, newest_checkpoint, remove_checkpoint, write_manifest
+from nemo_ext.errors import RunError, free_bytes
+from nemo_ext.run_folder import (
+    PARTIAL,
+    checkpoints,
+    clear_partial,
+    manifest_bytes,
+    newest_checkpoint,
+    remove_checkpoint,
+    write_manifest,
+)
+
+GIB = 2**30
 
 
 class AtomicCheckpoint(Checkpoint):
@@ -24,10 +35,13 @@ class AtomicCheckpoint(Checkpoint):
     Collective: every rank calls `save`. Model, optimizer, schedule, loops and the data module's position are saved through
     the strategy as a Megatron distributed checkpoint, which loads at another layout. The last step is saved after its
     evaluation, so that a run whose last checkpoint is complete has nothing left to do.
+
+    Before each save rank 0 looks whether it will fit: as many bytes as the newest checkpoint has, or `size` before the first. If
+    not, nothing is written, and every rank raises RunError: the older checkpoints stay.
     """
 
-    def __init__(self, folder: str, every: int, keep: int, async_save: bool):
-        self.folder, self.every, self.keep, self.async_save = Path(folder), every, keep, async_save
+    def __init__(self, folder: str, every: int, keep: int, async_save: bool, size: int = 0):
+        self.folder, self.every, self.keep, self.async_save, self.size = Path(folder), every, keep, async_save, size
         self.saved_step = -1
         self.last_model_path = ""  # NeMo's resume sets it
 
@@ -55,6 +69,7 @@ class AtomicCheckpoint(Checkpoint):
         step = trainer.global_step
         if step == self.saved_step or not self.keep:
             return
+        self._check_space(trainer)
         self.saved_step = step
         final = self.folder / f"step-{step:06d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -76,3 +91,17 @@ class AtomicCheckpoint(Checkpoint):
         trainer.save_checkpoint(partial, storage_options=options)
         if not self.async_save:
             publish()
+
+    def _check_space(self, trainer) -> None:
+        """Raise RunError on every rank if the checkpoint that comes next does not fit beside what is there."""
+        newest = newest_checkpoint(self.folder)
+        need = newest and manifest_bytes(newest[1]) or self.size
+        missing = [trainer.is_global_zero and need - free_bytes(self.folder)]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(missing, src=0)
+        if missing[0] > 0:
+            raise RunError(
+                f"the disk is full: {self.folder.parent}: make space, the same command continues from "
+                f"{f'step {newest[0]}' if newest else 'the start'}; the checkpoint of step {trainer.global_step} needs "
+                f"{need / GIB:.2f} GiB, {missing[0] / GIB:.2f} more than are free"
+            )

@@ -16,7 +16,7 @@ class Evaluation(Callback):
         self.evaluated_step = -1
 
     def on_train_start(self, trainer, pl_module) -> None:
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and not trainer.should_stop:
             self.evaluate(trainer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import lightning.pytorch as pl
 
 from nemo_ext import run_folder
 from nemo_ext.callbacks import sinks
-from nemo_ext.errors import RunError, explain, is_lost_connection
+from nemo_ext.callbacks.stop import StopOnSignal
+from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
 from nemo_ext.platform import hardware
 
 GIB = 1024**3
@@ -32,7 +34,8 @@ class MetricsCallback(pl.Callback):
     step it resumes from.
 
     A gradient norm that is not finite raises `RunError` on every rank in the same step (all ranks have the same norm), a loss
-    that is not finite on every rank of the last stage: nobody is left waiting in a collective.
+    that is not finite on every rank of the last stage: nobody is left waiting in a collective. Not so without `stop_on_nan`: a
+    `LossGuard` has kept such a step out.
 
     Stands before callbacks that evaluate or save at the end of a step, so that the step is timed without them.
 
@@ -45,6 +48,7 @@ class MetricsCallback(pl.Callback):
         tensorboard: write TensorBoard events into the run's folder.
         wandb: the Weights & Biases project, or None. Raises `UserError` where the package is missing.
         log_every: steps between lines; validation, saving and the last step always get one.
+        stop_on_nan: end the run at a loss or gradient norm that is not finite.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class MetricsCallback(pl.Callback):
         tensorboard: bool = True,
         wandb: str | None = None,
         log_every: int = 1,
+        stop_on_nan: bool = True,
     ) -> None:
         if wandb:
             sinks.import_wandb()
@@ -68,6 +73,7 @@ class MetricsCallback(pl.Callback):
         self.tensorboard = tensorboard
         self.wandb = wandb
         self.log_every = log_every
+        self.stop_on_nan = stop_on_nan
 
         self._begun = False
         self._writes = self._has_loss = False  # this rank's part
@@ -122,7 +128,7 @@ class MetricsCallback(pl.Callback):
             for callback in trainer.callbacks:
                 record |= getattr(callback, "figures", {})
             self._pending = record, loss
-        if self._grad_norm is not None and not math.isfinite(self._grad_norm):
+        if self.stop_on_nan and self._grad_norm is not None and not math.isfinite(self._grad_norm):
             self._flush(final=True)
             raise _not_finite("gradient norm", self._grad_norm, step)
         if self._pending and not self._pending[1].is_cuda:
@@ -152,8 +158,11 @@ class MetricsCallback(pl.Callback):
         self._flush(final=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        done = trainer.global_step >= self.max_steps
-        self._set_phase("finished" if done else "stopped", trainer.global_step)
+        if trainer.global_step >= self.max_steps:
+            self._set_phase("finished", trainer.global_step)
+        else:
+            received = next((each.received for each in trainer.callbacks if isinstance(each, StopOnSignal)), None)
+            self._set_phase("stopped", trainer.global_step, signal=received.name if received else None)
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -166,11 +175,12 @@ class MetricsCallback(pl.Callback):
         if isinstance(exception, RunError) and self._begun and not self._writes:
             return  # raised on the writing rank too
         message, step = explain(exception, self.run_dir), trainer.global_step
-        if "found NaN in local grad norm" in str(exception):  # Megatron's check_for_nan_in_grad, raised in the middle of a step
-            message = str(_not_finite("gradient", math.nan, step + 1))
+        again = not isinstance(exception, (RunError, UserError))
+        if found := re.search("found (NaN|Inf) in local grad norm", str(exception)):  # Megatron's check_for_nan_in_grad, mid-step
+            message, again = str(_not_finite("gradient", float(found[1]), step + 1)), False
         with contextlib.suppress(OSError):  # a full disk: the worker says it again when there is space
             code = getattr(exception, "exit_code", 1)
-            run_folder.write_failure(self.run_dir, message, code, step, self.max_steps, started=self._started)
+            run_folder.write_failure(self.run_dir, message, code, step, self.max_steps, started=self._started, again=again)
 
     # What the hooks share.
 
@@ -221,7 +231,7 @@ class MetricsCallback(pl.Callback):
         record["loss"] = float(loss)
         if self._writes:
             self._write(record)
-        if not math.isfinite(record["loss"]):
+        if self.stop_on_nan and not math.isfinite(record["loss"]):
             raise _not_finite("loss", record["loss"], record["step"])
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -231,10 +241,10 @@ class MetricsCallback(pl.Callback):
         for sink in self._sinks:
             sink.write(record)
 
-    def _set_phase(self, phase: str, step: int, message: str = "") -> None:
+    def _set_phase(self, phase: str, step: int, **more: Any) -> None:
         if self._writes and phase != self._phase:
             self._phase = phase
-            run_folder.write_status(self.run_dir, phase, step, self.max_steps, message, started=self._started)
+            run_folder.write_status(self.run_dir, phase, step, self.max_steps, started=self._started, **more)
 
     def _close(self) -> None:
         for sink in self._sinks:
@@ -254,4 +264,4 @@ def _roles(trainer: pl.Trainer) -> tuple[bool, bool]:
 
 
 def _not_finite(what: str, value: float, step: int) -> RunError:
-    return RunError(f"{what} is {value} at step {step}: lower lr=, lengthen the warm-up, or look for broken data")
+    return RunError(f"{what} is {value} at step {step}: lower lr=, lengthen the warm-up, look for broken data, or on_nan=skip")

@@ -13,7 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopOnSignal(Callback):
     """Stops after the step in which any rank got a signal; all ranks agree, so that all save the same step.
 
-    Agreement costs one all-reduce of a byte a step on the gloo group, which runs on the host and waits for no GPU work.
+    Agreement costs one all-reduce of four bytes a step on the gloo group, which runs on the host and waits for no GPU work. The
+    signal itself is agreed on (`received`): what started the run may go on by itself after SIGUSR1, a time limit's warning, and
+    not after SIGTERM. A SIGUSR1 that came while the process started, when the worker blocks it, ends the run before its first
+    step.
     """
 
     def __init__(self):
@@ -22,17 +25,23 @@ class StopOnSignal(Callback):
 
     def setup(self, trainer, pl_module, stage) -> None:
         self._listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._listen()  # since `setup` Lightning has put a SIGTERM handler of its own, which raises before anything is saved
         trainer._signal_connector.received_sigterm = False
         self.group = torch.distributed.new_group(backend="gloo")
+        self._agree(trainer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        flag = torch.tensor([self.received is not None], dtype=torch.uint8)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        if flag.item():
-            self.received = self.received or signal.SIGTERM
+        self._agree(trainer)
+
+    def _agree(self, trainer) -> None:
+        """Stop everywhere if any rank was told to."""
+        number = torch.tensor([self.received or 0], dtype=torch.int32)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        if number.item():
+            self.received = signal.Signals(number.item())
             trainer.should_stop = True
 
     def _listen(self) -> None:

@@ -136,6 +136,8 @@ class _EndOfDocument:
     """What GPTDataset needs of a tokenizer. Without a pad id: given one, it masks the loss of every such token in the text, and
     tokenizers whose pad is their eos would never learn to end a document."""
 
+    vocab_size = None  # unknown here; the files say how wide their ids are
+
     def __init__(self, eod: int) -> None:
         self.eod = eod
         self.unique_identifiers = {"eod": eod}

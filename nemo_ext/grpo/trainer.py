@@ -33,8 +33,8 @@ from nemo_ext.disk import sync, sync_tree
 from nemo_ext.errors import RunError
 from nemo_ext.grpo.advantages import advantages, equal_groups, problem_order, spare_problems
 from nemo_ext.grpo.sampling import sample
-from nemo_ext.optim import schedule_factor
 from nemo_ext.rewards import Reward
+from nemo_ext.schedule import schedule_factor
 
 LEFT = ("prompt_ids", "prompt_mask")  # padded on the left; what else is a matrix, on the right
 

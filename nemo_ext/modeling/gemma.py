@@ -21,6 +21,7 @@ from nemo.collections.llm.gpt.model.gemma2 import TERowParallelLinearLayerNorm, 
 from nemo.collections.llm.gpt.model.gemma3 import Gemma3Config1B, Gemma3SelfAttention, gemma3_layer_spec
 from torch import Tensor
 
+from nemo_ext.platform import versions
 from nemo_ext.platform.windows import WindowedSoftmax
 
 
@@ -137,3 +138,9 @@ class Gemma3TextConfig(Gemma3Config1B):
     def __post_init__(self):
         super().__post_init__()
         self.activation_func = tanh_gelu(self)
+
+    def configure_model(self, *args, **kwargs) -> GPTModel:
+        """NeMo's model, whose rotary embedding any Megatron-Core here can call."""
+        model = super().configure_model(*args, **kwargs)
+        versions.let_rotary_be_called(model.rotary_pos_emb)
+        return model

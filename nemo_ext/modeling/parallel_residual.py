@@ -18,7 +18,7 @@ class ParallelResidualLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`kwargs` are the attention's (mask, rotary embeddings, packing); without cross attention, `context` passes through."""
-        for unused in ("context_mask", "dynamic_inference_decode_only"):
+        for unused in ("context_mask", "dynamic_inference_decode_only", "padding_mask"):  # the last is for experts
             kwargs.pop(unused, None)
         normed = self.input_layernorm(hidden_states)
         attention = self.self_attention(normed, **kwargs)  # (output, bias)

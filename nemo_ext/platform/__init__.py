@@ -10,15 +10,11 @@ and the optimizer keeps its state the way apex and Transformer Engine do, so tha
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import warnings
 from unittest import mock
 
-from nemo_ext.errors import UserError
-
-# The CPU redirections reach into these packages; another version must be read before it is allowed here.
-CPU_VERSIONS = {"nemo_toolkit": ("2.7.3",), "megatron-core": ("0.15.3",), "lightning": ("2.4.0",), "torch": ("2.13.0", "2.11.0")}
+from nemo_ext.platform import versions
 
 _active: bool | None = None
 
@@ -40,14 +36,16 @@ def activate() -> bool:
         numpy.product = numpy.prod  # dropped by numpy 2; Megatron-Core 0.15.3 saves the checkpoints of several ranks with it
     if torch.cuda.is_available():
         _skip_managed_memory_build()
+        versions.bridge()
         _active = False
         return False
-    _check_versions()
+    versions.check_cpu()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile: minutes of C++ on a CPU
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from nemo_ext.platform import cpu_torch
 
     cpu_torch.install()
+    versions.bridge()
     from nemo_ext.platform import cpu_megatron
 
     cpu_megatron.install()
@@ -74,15 +72,3 @@ def _skip_managed_memory_build() -> None:
 def distributed_backend() -> str:
     """The torch.distributed backend of this machine."""
     return "gloo" if activate() else "nccl"
-
-
-def _check_versions() -> None:
-    for package, known in CPU_VERSIONS.items():
-        try:
-            found = importlib.metadata.version(package).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"{package} is not installed: run `make setup`") from None
-        if found not in known:
-            raise UserError(
-                f"training without CUDA was written for {package} {' or '.join(known)}, found {found}: run `make setup`"
-            )

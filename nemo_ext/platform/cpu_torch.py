@@ -34,7 +34,7 @@ def install() -> None:
     torch.Tensor.type = _type_as_cuda(torch.Tensor.type)
     _redirect_cuda_module()
     _redirect_amp()
-    _declare_torchvision_ops()
+    declare_torchvision_ops()
 
 
 def names_cuda(device: object) -> bool:
@@ -163,7 +163,7 @@ def _redirect_amp() -> None:
     torch.amp.custom_fwd, torch.amp.custom_bwd, torch.autocast = fwd, bwd, Autocast
 
 
-def _declare_torchvision_ops() -> None:
+def declare_torchvision_ops() -> None:
     """torchvision's wheel is a CUDA build whose C operators do not load beside a CPU torch: declaring the two it registers
     Python code for is enough for everything else it does."""
     try:
@@ -172,4 +172,4 @@ def _declare_torchvision_ops() -> None:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     except RuntimeError:  # a torchvision that matches this torch has them
         return
-    _declare_torchvision_ops.library = library  # the schemas live as long as this object
+    declare_torchvision_ops.library = library  # the schemas live as long as this object

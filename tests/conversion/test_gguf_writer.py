@@ -235,7 +235,7 @@ def change_config(folder, **values):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("q4_0", lambda folder: None, "kind=q4_0 is not one of f32, f16, bf16, q8_0"),
+        ("q4_k", lambda folder: None, "kind=q4_k is not one of f32, f16, bf16, q8_0, q4_0"),
         ("f16", lambda folder: change_config(folder, model_type="gpt_neox"), "gpt_neox"),
         ("f16", lambda folder: change_weights(folder, lambda w: w.pop("model.norm.weight")), "lacks 1 of .* model.norm.weight"),
         ("f16", lambda folder: change_weights(folder, lambda w: w["lm_head.weight"][3].fill_(1e5)), "1e.05, which f16 cannot"),

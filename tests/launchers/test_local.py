@@ -56,6 +56,11 @@ def test_a_rank_that_died_suddenly_comes_before_what_the_others_say(tmp_path):
     assert str(cause(tmp_path, first=-11)).startswith("rank 1 was killed (SIGSEGV);")
 
 
+def test_a_frozen_rank_was_not_killed_by_anybody_else(tmp_path):
+    error = cause(tmp_path, first=1, other=-9, message="the run stood still for 8 s: rank 2 did not arrive", hung=True)
+    assert str(error) == f"the run stood still for 8 s: rank 2 did not arrive; logs are in {tmp_path / 'logs'}"
+
+
 def test_what_a_rank_said_comes_before_its_exit_code(tmp_path):
     error = cause(tmp_path, first=1, message="loss is nan at step 3")
     assert isinstance(error, RunError) and str(error) == f"loss is nan at step 3; logs are in {tmp_path / 'logs'}"

@@ -9,8 +9,9 @@ from nemo_ext import platform
 
 platform.activate()
 
-from nemo_ext.optim import depth_of, schedule_factor, split_by_depth  # noqa: E402
+from nemo_ext.optim import depth_of, split_by_depth  # noqa: E402
 from nemo_ext.platform.fused_adam import FusedAdam  # noqa: E402
+from nemo_ext.schedule import schedule_factor  # noqa: E402
 
 
 def factors(schedule, steps=11, warmup=0, floor=0.1, decay=0.4):

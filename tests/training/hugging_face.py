@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_ext.optim import schedule_factor
+from nemo_ext.schedule import schedule_factor
 
 
 def train(folder: Path, corpus, index_cache: Path, steps: int, warmup: int) -> Iterator[tuple[float, float]]:

@@ -20,6 +20,8 @@ def main(file: Path) -> None:
 
     platform.activate()
     import fiddle as fdl
+    import injected_faults
+    import nemo_run as run
     import torch
 
     import recipes
@@ -49,6 +51,8 @@ def main(file: Path) -> None:
             recipe.trainer.callbacks.append(stop_at(stop))
         if case.get("probe"):
             recipe.trainer.callbacks.append(probe(out))
+        for name, arguments in case.get("callbacks", {}).items():  # of injected_faults.py
+            recipe.trainer.callbacks.append(run.Config(getattr(injected_faults, name), **arguments))
         fdl.build(recipe)()
         for name in [n for n in os.environ if n.startswith("NVTE_")]:
             del os.environ[name]  # Megatron notes one model's attention backend there and refuses another's

@@ -12,15 +12,15 @@ from test_adapters import ALL, chats, rows  # noqa: F401
 from test_layouts import assert_same, losses
 
 from nemo_ext import run_folder
-from nemo_ext.optim import schedule_factor
+from nemo_ext.schedule import schedule_factor
 
 STEPS, SEQ, LR = 20, 64, 1e-2
 COMMON = dict(seq=SEQ, lr=LR, micro_batch=4, val_every=20, val_batches=1)
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 1_000}
 ADALORA = dict(init_rank=4, target_rank=2, alpha=32.0, rank_warmup=3, rank_final=5, delta_t=2, orthogonality=0.3)
 SHORT = dict(init_rank=4, target_rank=2, alpha=8.0, rank_warmup=1, rank_final=1, delta_t=1, orthogonality=0.3)
-FOURIER = dict(n_frequency=200, scaling=30.0, frequency_seed=5)
-METHODS = {"adalora": (ADALORA, SHORT), "fourierft": (FOURIER, dict(FOURIER, n_frequency=12))}
+FOURIER = dict(n_frequency=200, scaling=30.0, frequency_seed=5, spectrum_start="normal")
+METHODS = {"adalora": (ADALORA, SHORT), "fourierft": (FOURIER, dict(FOURIER, n_frequency=12, spectrum_start="zeros"))}
 LAYOUTS = {
     "tp2": dict(tp=2, sp=False),
     "pp2_vp2": dict(pp=2, vp=2),
@@ -171,6 +171,12 @@ def test_twenty_steps_of_fourierft_equal_pefts(runs, models, chats, tokenizer): 
     model, own = peft_model(models["tied"]["hf"], config, began, {"fourierft_spectrum": "coefficients"})
     theirs = train_with_peft(model, own, rows(chats, tokenizer, STEPS * 8), STEPS)
     assert_equal_to(runs, ("fourierft_long", "fourierft_long_tp2"), theirs, learnt=0.1)
+
+
+def test_a_spectrum_begins_with_zeros_or_drawn(runs):
+    short, long = (torch.load(runs / f"fourierft_{name}" / "probe.pt")["began"] for name in ("one", "long"))
+    assert all((value == 0).all() for value in short.values())
+    assert all(0.8 < value.std() < 1.2 for value in long.values())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ import torch
 from test_layouts import assert_same, losses
 
 from nemo_ext import run_folder
-from nemo_ext.optim import schedule_factor
+from nemo_ext.schedule import schedule_factor
 
 STEPS, SEQ, LR = 20, 64, 1e-2
 RECIPE = dict(recipe="lora_llama3", model="tied")
@@ -72,6 +72,8 @@ def runs(train, chats):
         case("bf16", {**SHORT, "precision": "bf16"}),
         case("bf16_stopped", {**SHORT, "precision": "bf16"}, stop_at=4),
         case("bf16_again", {**SHORT, "precision": "bf16"}, continue_copy_of="bf16_stopped"),
+        case("rolled_back", {**SHORT, "every": 2, "on_nan": "rollback"}, callbacks={"BrokenBatch": dict(step=4)}),
+        case("returned", {**SHORT, "keep": 0}, callbacks={"Return": dict(copied_at=2, back_at=4)}),
     ]
     folder = train(one, 1)
     two = [case("long_tp2", {**long, "tp": 2, "sp": True})]
@@ -202,6 +204,13 @@ def test_resumes_bit_for_bit(runs, name):
     assert_same(losses(runs, name), losses(runs, f"{name}_again"), tolerance=0)
     plain = losses(runs, "one")[0]
     assert max(abs(loss - plain[step]) for step, loss in losses(runs, name)[0].items()) > 1e-4
+
+
+def test_an_adapter_goes_back_to_its_newest_checkpoint(runs):
+    """The fourth step's batch is broken: the rest is what a run learns that goes back to step 2 by hand."""
+    broken, by_hand = losses(runs, "rolled_back"), losses(runs, "returned")
+    assert [broken[0][step] for step in (1, 2, 3, 5, 6)] == [by_hand[0][step] for step in (1, 2, 3, 5, 6)]
+    assert broken[2][4] is None and broken[1] == by_hand[1] and by_hand[0][5] != losses(runs, "one")[0][5]
 
 
 @pytest.mark.parametrize("name", ["long", "one", *LAYOUTS, *VARIANTS])

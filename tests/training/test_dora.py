@@ -144,7 +144,7 @@ def mixture_model(hf, probe):
 
 def train_mixture(model, data, steps):
     """[(loss, gradient norm, balance)] with torch's AdamW; the balancing loss added to the mean over the learnt tokens."""
-    from nemo_ext.optim import schedule_factor
+    from nemo_ext.schedule import schedule_factor
 
     own = [p for p in model.parameters() if p.requires_grad]
     mixtures = [m for m in model.modules() if isinstance(m, Mixture)]

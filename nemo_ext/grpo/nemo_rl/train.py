@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -50,6 +51,7 @@ class Options:
 
     run: str = key(NO_DEFAULT, f"folder of the run, in which the launcher has written {emit.FILE}")
     version: str = key(NO_DEFAULT, "NeMo-RL version that it is for: v0.5.0 or v0.8.0")
+    save_within: int | None = key(None, "save and end after so long, before a time limit", unit="seconds", auto="no limit")
 
 
 def train(options: Options) -> None:
@@ -62,6 +64,8 @@ def train(options: Options) -> None:
         raise UserError("NeMo-RL is not installed here: this command runs inside its container")
     if options.version not in STARTS:
         raise UserError(f"version={options.version}: no start of this version is known, only {', '.join(STARTS)}")
+    if options.save_within is not None:
+        config["checkpointing"]["checkpoint_must_save_by"] = _clock(options.save_within)
     steps = config["grpo"]["max_num_steps"]
     run_folder.write_status(run_dir, "starting", 0, steps)
     try:
@@ -70,7 +74,18 @@ def train(options: Options) -> None:
         code = getattr(error, "exit_code", RunError.exit_code)
         run_folder.write_failure(run_dir, explain(error, run_dir), code, max_steps=steps)
         raise
-    run_folder.write_status(run_dir, "finished", steps, steps)
+    made, _ = run_folder.read_records(run_dir)
+    last = made[-1]["step"] if made else 0
+    if options.save_within is not None and last < steps:
+        run_folder.write_status(run_dir, "stopped", last, steps, signal=signal.SIGUSR1.name)
+    else:
+        run_folder.write_status(run_dir, "finished", steps, steps)
+
+
+def _clock(seconds: int) -> str:
+    """Seconds as NeMo-RL's DD:HH:MM:SS; none are left where they are negative."""
+    seconds = max(0, seconds)
+    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def recording(log_metrics: Callable, run_dir: Path, steps: int, gpus: int) -> Callable:

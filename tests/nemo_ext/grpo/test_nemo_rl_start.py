@@ -1,10 +1,9 @@
-"""Planning and starting NeMo-RL, as far as it goes without it: layouts, commands, the batch script, and the driver's part."""
+"""Planning and starting NeMo-RL, as far as it goes without it: layouts, commands, and the driver's part."""
 
 import dataclasses
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -23,7 +22,6 @@ from recipes.models import FAMILIES
 
 GIB = 2**30
 LLAMA = FAMILIES["llama3"].sizes
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def keys(**changes):
@@ -106,55 +104,6 @@ def test_commands():
         engine.require_local(keys(nodes=2))
     with pytest.raises(UserError, match=r"not installed here: run this inside nvcr.io/nvidia/nemo-rl:v0.5.0, .*engine=embedded"):
         engine.require_local(keys(nemo_rl_version="v0.5.0"))
-
-
-@pytest.mark.parametrize(("nodes", "version"), [(1, "v0.5.0"), (3, "v0.8.0")])
-def test_batch_script_is_the_golden_one(nodes, version, monkeypatch):
-    """Change the golden file with the script, reading it as a whole. It also has to be bash."""
-    monkeypatch.setattr(engine, "ROOT", Path("/home/me/llm-builder"))
-    slurm = engine.Slurm(account="research", partition="h100", mounts=("/data",) if nodes > 1 else (), gres=nodes > 1)
-    text = engine.sbatch(Path("/runs/grpo"), version, nodes, 8, slurm)
-    assert text == (GOLDEN / f"nemo_rl_{nodes}_{version}.sbatch").read_text()
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-
-
-@pytest.mark.parametrize("slurm", [engine.Slurm(account="a\nb"), engine.Slurm(mounts=("/a b",)), engine.Slurm(container="$(x)")])
-def test_batch_script_holds_no_surprises(slurm):
-    with pytest.raises(UserError):
-        engine.sbatch(Path("/runs/a"), "v0.8.0", 1, 8, slurm)
-
-
-def test_batch_script_runs_in_order(tmp_path):
-    """The script itself, with stand-ins for SLURM's commands that write down what they are asked."""
-    script = engine.sbatch(tmp_path / "run", "v0.8.0", 2, 4, engine.Slurm())
-    log = tmp_path / "calls"
-    tools = {
-        "scontrol": "printf 'node1\\nnode2\\n'",
-        "getent": "echo '10.0.0.1 STREAM node1'",
-        "srun": f"""
-            [[ "$*" == *"--head"* ]] && kind=head || kind=worker
-            [[ "$*" == *"ray status"* ]] && kind=status
-            [[ "$*" == *"nemo_rl.train"* ]] && kind=driver
-            echo "$kind $RAY_HEAD" >> {log}
-            case $kind in
-                head | worker) exec /bin/sleep 30 ;;
-                status) (( $(grep -c status {log}) > 1 )) && echo " 0.0/8.0 worker_units" || echo " 0.0/4.0 worker_units" ;;
-                driver) exit 3 ;;
-            esac
-            """,
-        "sleep": '[[ $1 == 5 ]] && exec /bin/sleep 0.1 || exec /bin/sleep "$1"',
-    }
-    for name, content in tools.items():
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/bash\n{content}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]"}
-    done = subprocess.run(["bash"], input=script, text=True, env=environment, timeout=20, capture_output=True)
-    assert done.returncode == 3, done.stderr  # the driver's
-    calls = log.read_text().splitlines()
-    assert set(calls[:3]) == {"head 10.0.0.1", "worker 10.0.0.1", "status 10.0.0.1"}
-    assert calls[3:] == ["status 10.0.0.1", "driver 10.0.0.1"]  # only once all eight GPUs were there
 
 
 class TestLocal:
@@ -385,6 +334,13 @@ class TestDriver:
         assert fake.calls["processor"] == (emit.PROCESSOR, problems.process)
         assert fake.calls["environment"]["reward"] == "math"
         assert fake.calls.get("generation_shut", False) is (fake.version == "v0.8.0")
+
+    def test_saving_before_a_time_limit(self, fake, tmp_path):
+        """Two of 20 steps are made when NeMo-RL's clock ends the run: it may be continued."""
+        train.train(dataclasses.replace(self.options(fake, tmp_path), save_within=90061))
+        status = run_folder.read_status(tmp_path)
+        assert (status["phase"], status["step"], status["signal"]) == ("stopped", 2, "SIGUSR1")
+        assert train._clock(90061) == "01:01:01:01" and train._clock(-5) == "00:00:00:00"
 
     def test_a_loss_that_is_no_number(self, fake, tmp_path):
         fake.calls["loss"] = float("nan")

@@ -7,6 +7,7 @@ import torch
 
 from nemo_ext import platform
 from nemo_ext.errors import UserError
+from nemo_ext.platform import versions
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="the CPU platform is not installed where CUDA is")
 
@@ -18,9 +19,9 @@ def active():
 
 def test_other_versions_are_refused(monkeypatch):
     version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.16.0" if name == "megatron-core" else version(name))
-    with pytest.raises(UserError, match="written for megatron-core 0.15.3, found 0.16.0"):
-        platform._check_versions()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.0" if name == "megatron-core" else version(name))
+    with pytest.raises(UserError, match="written for megatron-core 0.15.3 or 0.16.1, found 0.17.0"):
+        versions.check_cpu()
 
 
 def test_cuda_devices_are_the_cpu():

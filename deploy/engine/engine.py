@@ -1,0 +1,322 @@
+"""Continuous batching: one thread that steps the model, and a queue before it.
+
+A step reads some tokens of waiting prompts, then gives every running sequence its next token. Sequences join when their prompt is
+read and leave when they end, between two steps. Greedy answers do not depend on who else runs, but for rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from deploy.engine.beams import BeamSearch
+from deploy.engine.grammar import Grammars
+from deploy.engine.network import Network
+from deploy.engine.prompts import Prompts, load_tokenizer
+from deploy.engine.request import Busy, Output, Refused, Request, Stats
+from deploy.engine.sampling import choose, logprob, new_state
+from deploy.engine.scheduler import Copy, Group, Scheduler, Sequence
+
+log = logging.getLogger("llm_builder.engine")
+Deliver = Callable[[Output], None]
+FIRST_ESTIMATE = 1.0  # seconds a request takes, before one has ended
+
+
+class Engine:
+    """Serves requests until `close`. `submit`, `cancel` and `stats` may be called by any thread."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rows: int = 16,
+        prefill_tokens: int = 512,
+        max_waiting: int = 64,
+        context: int | None = None,
+        dtype: str | None = None,
+        adapters: dict[str, Path] | None = None,
+    ) -> None:
+        """Load the model of a Hugging Face folder. Raises UserError (see Network).
+
+        `rows` sequences run at once, and `max_waiting` requests wait. A step reads at most `prefill_tokens` of prompts.
+        """
+        tokenizer = load_tokenizer(folder)
+        self.network = Network(folder, rows=rows, prefill_tokens=prefill_tokens, context=context, dtype=dtype, adapters=adapters)
+        self.adapters = tuple(adapters or ())
+        self.context, self.rows, self.max_waiting = self.network.context, rows, max_waiting
+        self.prompts = Prompts(copy.deepcopy(tokenizer), self.network.vocabulary)
+        self._tokenizer = tokenizer
+        self._end_ids = self.network.end_ids(tokenizer)
+        self._grammars = Grammars(copy.deepcopy(tokenizer), self.network.vocabulary, self._end_ids)
+        self._grammar_lock = threading.Lock()
+        self._scheduler = Scheduler(rows, prefill_tokens)
+        self._cancelled: set[int] = set()
+        self._numbers = itertools.count()
+        self._wake = threading.Condition()  # over a lock that its holder may take again
+        self._closing = False
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._seconds = FIRST_ESTIMATE  # that a request takes once it has rows, a moving mean
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def check(self, request: Request) -> None:
+        """Raises Refused for a request that could never be served here."""
+        length, s = len(request.prompt), request.sampling
+        if length >= self.context:
+            raise Refused(f"the prompt has {length:,} tokens, the context {self.context:,}", "context_length_exceeded")
+        if length + request.max_tokens > self.context:
+            raise Refused(
+                f"{length:,} tokens of prompt and {request.max_tokens:,} new ones are more than the context of {self.context:,}",
+                "context_length_exceeded",
+            )
+        if max(request.n, s.num_beams) > self.rows:
+            raise Refused(f"n={request.n} and num_beams={s.num_beams} can be at most {self.rows} here")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise Refused(f"there is no adapter {request.adapter}", "model_not_found")
+        if s.num_beams > 1:
+            if request.n > s.num_beams:
+                raise Refused(f"n={request.n} is more than num_beams={s.num_beams}")
+            penalised = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+            if request.stop or request.schema or request.logprobs is not None or penalised:
+                raise Refused("beam search goes without stop, schema, logprobs and penalties", "unsupported_value")
+
+    def submit(self, request: Request, deliver: Deliver) -> int:
+        """Queue a request; `deliver` is called with each output, by the engine's thread, and must not block.
+
+        Returns a number for `cancel`. Raises Refused, or Busy if `max_waiting` requests wait or the engine is closing.
+        """
+        self.check(request)
+        grammars = []
+        if request.schema is not None:
+            with self._grammar_lock:  # building them takes a while: not under the engine's lock
+                grammars = [self._grammars.start(request.schema) for _ in range(request.n)]
+        group = Group(request, next(self._numbers), deliver=deliver, grammars=grammars)
+        if request.timeout is not None:
+            group.deadline = time.monotonic() + request.timeout
+        with self._wake:
+            if self._closing:
+                raise Busy(1)
+            if len(self._scheduler.waiting) >= self.max_waiting:
+                raise Busy(self._wait())
+            self._scheduler.waiting.append(group)
+            self._wake.notify()
+        return group.id
+
+    def cancel(self, number: int) -> None:
+        """End a request, if it has not ended: its outputs stop, its rows are free at the next step."""
+        with self._wake:
+            self._cancelled.add(number)
+            self._wake.notify()
+
+    def stats(self) -> Stats:
+        """How full the engine is and what it has done."""
+        with self._wake:
+            rows = [s for s in self._scheduler.rows if s is not None]
+            return Stats(
+                waiting=len(self._scheduler.waiting),
+                running=len(rows),
+                rows=self.rows,
+                cached_tokens=sum(s.cached for s in rows),
+                steps=self._steps,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._closing or self._scheduler.waiting or any(self._scheduler.rows)):
+                    self._cancelled.clear()  # of requests that have ended
+                    self._wake.wait()
+                closing = self._closing
+                self._sweep()
+                if closing:
+                    return
+                for group in self._scheduler.admit():
+                    self._admitted(group)
+            with torch.inference_mode():
+                self._step()
+
+    def _sweep(self) -> None:
+        """End what was cancelled, is late, or is here when the engine closes."""
+        now = time.monotonic()
+        for group in [*self._scheduler.waiting, *self._scheduler.groups()]:
+            if self._closing or group.id in self._cancelled:
+                self._end(group, "cancelled")
+            elif group.deadline is not None and now > group.deadline:
+                self._end(group, "timeout", f"not finished within {group.request.timeout:g} s")
+        self._cancelled.clear()
+
+    def _admitted(self, group: Group) -> None:
+        request = group.request
+        group.started = time.monotonic()
+        if request.sampling.num_beams > 1:
+            group.search = BeamSearch(request, self._end_ids)
+        for sequence in group.members:
+            grammar = group.grammars[sequence.index] if group.grammars else None
+            sequence.state = new_state(request, sequence.index, self._tokenizer, grammar, self.network.device)
+
+    def _step(self) -> None:
+        if chunks := self._scheduler.chunks():
+            sequences = [chunk.sequence for chunk in chunks]
+            tokens = [s.ids[s.cached : s.cached + chunk.count] for s, chunk in zip(sequences, chunks, strict=True)]
+            logits = self._forward(sequences, tokens)
+            if logits is not None:
+                for sequence, new in zip(sequences, tokens, strict=True):
+                    sequence.cached += len(new)  # all of them before any row is moved
+                    self._prompt_tokens += len(new)
+                self._drop_spoilt(sequences, logits)
+                for row, sequence in enumerate(sequences):
+                    if sequence.row >= 0 and sequence.cached == len(sequence.ids):
+                        members = sequence.group.members
+                        self._copy(self._scheduler.start(sequence.group))
+                        self._advance(members, logits[row].repeat(len(members), 1))
+        if running := list(self._scheduler.running()):
+            logits = self._forward(running, [s.ids[-1:] for s in running])
+            self._steps += 1
+            if logits is not None:
+                for sequence in running:
+                    sequence.cached += 1
+                self._drop_spoilt(running, logits)
+                left = [row for row, sequence in enumerate(running) if sequence.row >= 0]
+                self._advance([running[row] for row in left], logits[left])
+
+    def _drop_spoilt(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """End requests whose logits [b, v] hold a NaN, and clear their rows before any row is moved."""
+        wrong = logits.isnan().any(dim=-1).nonzero().flatten().tolist()
+        groups = {id(sequences[row].group): sequences[row].group for row in wrong}.values()
+        for group in groups:
+            for member in group.members:
+                if member.row >= 0:
+                    self.network.cache.clear(member.row)
+        for group in groups:
+            self._end(group, "error", "the model computed no number")
+
+    def _forward(self, sequences: list[Sequence], tokens: list[list[int]]) -> torch.Tensor | None:
+        """Logits after `tokens`; None after a failure, which ends these sequences' requests and leaves the others."""
+        try:
+            return self.network.forward(
+                [s.row for s in sequences], tokens, [s.cached for s in sequences], [s.group.request.adapter for s in sequences]
+            )
+        except Exception as error:
+            log.exception("a step failed")
+            for group in {id(s.group): s.group for s in sequences}.values():
+                self._end(group, "error", f"the model failed: {type(error).__name__}")
+            return None
+
+    def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Give sequences that decode their next token, from logits [b, v]."""
+        plain = [row for row, s in enumerate(sequences) if s.group.search is None]
+        if plain:
+            chosen = [sequences[row] for row in plain]
+            wanted = [row for row in plain if sequences[row].state.logprobs is not None]
+            originals = {id(sequences[row]): logits[row].clone() for row in wanted}
+            tokens = choose(logits[plain], [s.state for s in chosen], [s.ids for s in chosen])
+            for sequence, token in zip(chosen, tokens, strict=True):
+                self._grow(sequence, token, originals.get(id(sequence)))
+        beams: dict[int, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            if sequence.group.search is not None:
+                beams.setdefault(id(sequence.group), []).append(row)
+        for rows in beams.values():
+            rows.sort(key=lambda row: sequences[row].index)
+            self._search([sequences[row] for row in rows], logits[rows])
+
+    def _grow(self, sequence: Sequence, token: int, logits: torch.Tensor | None) -> None:
+        state, request = sequence.state, sequence.group.request
+        sequence.ids.append(token)
+        state.generated += 1
+        self._generated_tokens += 1
+        finish, text, logprobs = None, "", ()
+        if token in self._end_ids and not request.ignore_eos:
+            finish = "stop"
+        else:
+            complete = state.grammar.advance(token) if state.grammar is not None else False
+            text, stopped = state.text.push(token)
+            if logits is not None:
+                logprobs = (logprob(logits, token, state.logprobs, self._tokenizer),)
+            if stopped or complete:
+                finish = "stop"
+            elif state.generated == request.max_tokens:
+                finish = "length"
+        if finish is not None:
+            text += state.text.flush()
+            self._copy(self._leave(sequence))
+        self._deliver(sequence.group, Output(sequence.index, text, (token,), logprobs, finish))
+
+    def _search(self, beams: list[Sequence], logits: torch.Tensor) -> None:
+        """One step of a request's beam search."""
+        group, search = beams[0].group, beams[0].group.search
+        parents, tokens = search.step(torch.log_softmax(logits, dim=-1))
+        self._generated_tokens += len(tokens)
+        if not search.done:
+            ids = [list(beam.ids) for beam in beams]
+            self._copy([([beams[parent].row for parent in parents], [beam.row for beam in beams], beams[0].cached)])
+            for beam, parent, token in zip(beams, parents, tokens, strict=True):
+                beam.ids = [*ids[parent], token]
+            return
+        for beam in beams:
+            self._copy(self._leave(beam))
+        for index, answer in enumerate(search.answers()):
+            ended = answer[-1] in search.end_ids
+            text = group.members[index].state.text
+            spelled = "".join([text.push(token)[0] for token in (answer[:-1] if ended else answer)]) + text.flush()
+            self._deliver(group, Output(index, spelled, answer, finish="stop" if ended else "length"))
+
+    def _leave(self, sequence: Sequence) -> list[Copy]:
+        group = sequence.group
+        with self._wake:
+            copies = self._scheduler.leave(sequence)
+            if all(member.row < 0 for member in group.members):
+                self._seconds += 0.1 * (time.monotonic() - group.started - self._seconds)
+        return copies
+
+    def _end(self, group: Group, finish: str, message: str = "") -> None:
+        """End a request for another reason than its answers: waiting, reading or running."""
+        with self._wake:
+            if group in self._scheduler.waiting:
+                self._scheduler.waiting.remove(group)
+                open_ = range(group.request.n)
+            else:
+                left = [member for member in group.members if member.row >= 0]
+                open_ = [member.index for member in left if member.index < group.request.n]
+                for member in left:
+                    self._copy(self._scheduler.leave(member))
+        for index in open_:
+            self._deliver(group, Output(index, finish=finish, message=message))
+
+    def _deliver(self, group: Group, output: Output) -> None:
+        try:
+            group.deliver(output)
+        except Exception:  # the listener is gone
+            log.exception("an output was not taken")
+            self.cancel(group.id)
+
+    def _copy(self, copies: Iterable[Copy]) -> None:
+        for sources, targets, length in copies:
+            if sources != targets and length:
+                self.network.cache.copy(sources, targets, length)
+
+    def _wait(self) -> int:
+        """Seconds until a place in the queue is free, as requests ended so far; at least 1."""
+        return max(1, math.ceil(self._seconds * max(1, len(self._scheduler.waiting)) / self.rows))

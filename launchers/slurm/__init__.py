@@ -1,0 +1,1 @@
+"""executor=slurm: a run as a SLURM batch job."""

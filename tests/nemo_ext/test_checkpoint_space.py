@@ -1,0 +1,41 @@
+"""A checkpoint that does not fit is refused before any of it is written."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_ext import platform, run_folder
+from nemo_ext.errors import RunError
+
+platform.activate()
+
+from nemo_ext.callbacks import checkpoint  # noqa: E402  (Lightning imports torchvision, which needs the platform)
+
+
+def test_no_save_without_space(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    saves = []
+
+    def save(partial, storage_options):
+        saves.append(partial.name)
+        partial.mkdir(parents=True)
+        (partial / "weights").write_bytes(bytes(3 << 20))
+
+    trainer = SimpleNamespace(global_step=4, is_global_zero=True, save_checkpoint=save)
+    callback = checkpoint.AtomicCheckpoint(str(folder), every=4, keep=1, async_save=False, size=2 << 20)
+    free = 2 << 20
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: free)
+    free -= 1
+    with pytest.raises(RunError, match="the disk is full: .* continues from the start; the checkpoint of step 4 needs 0.00 GiB"):
+        callback.save(trainer)
+    assert saves == [] and not folder.exists()
+    free += 1
+    callback.save(trainer)  # as large as was foreseen
+    assert run_folder.manifest_bytes(folder / "step-000004") == 3 << 20
+    trainer.global_step = 8
+    with pytest.raises(RunError, match="continues from step 4; the checkpoint of step 8"):
+        callback.save(trainer)  # and now it is known how large one is
+    free = 3 << 20
+    callback.save(trainer)
+    assert saves == ["step-000004.partial", "step-000008.partial"]
+    assert [path.name for path in folder.iterdir()] == ["step-000008"]
