@@ -4,7 +4,7 @@
 
 Every other key goes to `recipe=grpo_llama3`. Plain TRL gets the arguments that our engine gives its trainer, the problems as
 chat messages, and the same reward, called directly. Seconds a step are the median of those after the first `warm=` (2), with what
-generation takes of them; a rollout's tokens are prompts and answers, all that were read or sampled. Held-out reward is ours only.
+generation takes of them; a step's tokens are those of its prompts and answers. Held-out reward is ours only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ours(backend: str, keys: list[str], run_dir: Path) -> dict:
         "step_times": [record["step_time"] for record in steps],
         "generation_times": [record["generation_time"] for record in steps],
         "scoring_times": [record["scoring_time"] for record in steps],
-        "tokens": [record["tokens"] for record in steps],
+        "tokens": [now["tokens"] - before for now, before in zip(steps, [0, *(r["tokens"] for r in steps)], strict=False)],
         "rewards": [record["reward"] for record in steps],
         "peak_gib": max(record["memory"] for record in steps),
         "heldout": {record["step"]: [record[n] for n in ("val_reward", "val_reward_low", "val_reward_high")]
