@@ -36,6 +36,7 @@ PACKAGES = {
     "tensorrt_llm": "TensorRT-LLM engines",
     "vllm": "serving with vLLM",
     "bitsandbytes": "QLoRA",
+    "uvicorn": "serving, embedded server",
     "trl": "GRPO, embedded engine",
     "nemo_rl": "GRPO through NeMo-RL",
     "tensorboard": "curves while a run goes on",
@@ -48,7 +49,7 @@ TOOLS = {
     "podman": "runs in a container on this machine",
     "apptainer": "containers on a cluster",
     "enroot": "containers under SLURM (pyxis)",
-    "kubectl": "Kubernetes",
+    "kubectl": "submission to Kubernetes",
     "nvidia-smi": "looking at the GPUs",
 }
 
@@ -100,7 +101,17 @@ def examine() -> list[Row]:
         *package_rows(versions),
         *[Row("tools", name, path or "-", "ok" if path else "missing", TOOLS[name]) for name, path in tools.items()],
         *ability_rows(machine, versions, tools),
+        *sandbox_rows(),
     ]
+
+
+def sandbox_rows() -> list[Row]:
+    """What keeps programs in that a model wrote (rewards code, math and reasoning_gym)."""
+    from nemo_ext.rewards import sandbox
+
+    found = sandbox.describe()
+    state = "missing" if "sandbox" in found else "ok"
+    return [Row("sandbox of rewards", name, text, state) for name, text in found.items()]
 
 
 def machine_rows(machine: Any) -> list[Row]:
@@ -188,11 +199,13 @@ def ability_rows(machine: Any, versions: dict[str, str | None], tools: dict[str,
         "Hugging Face import and export": [need["torch"], need["transformers"], need["nemo_toolkit"]],
         "quantization": [need["torch"], need["nvidia-modelopt"]],
         "TensorRT-LLM engines": [cuda, need["tensorrt_llm"], builds_engines],
+        "serving, embedded server": [need["torch"], need["transformers"], need["uvicorn"]],
         "serving with vLLM": [cuda, need["vllm"]],
         "GRPO, embedded engine": [need["torch"], need["transformers"], need["trl"]],
         "GRPO through NeMo-RL": [cuda, need["nemo_rl"]],
-        "SLURM submission": [need["nemo_run"], (bool(tools["sbatch"]), "sbatch")],
-        "container runs": [need["nemo_run"], (container, "docker or podman")],
+        "SLURM submission": [(bool(tools["sbatch"]), "sbatch")],
+        "Kubernetes submission": [(bool(tools["kubectl"]), "kubectl")],
+        "container runs": [(container, "docker or podman")],
     }
     rows = []
     for name, needs in abilities.items():

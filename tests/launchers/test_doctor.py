@@ -46,6 +46,7 @@ def test_script_from_anywhere_and_fast(tmp_path):
         "packages",
         "tools",
         "what works here",
+        "sandbox of rewards",
     ]
     assert platform.python_version() in text and max(map(len, text.splitlines())) < 160
     assert "--json" in run("--help", cwd=tmp_path)
@@ -73,7 +74,7 @@ def test_cpu_machine():
 
 def test_two_h100_with_everything():
     machine = Machine(gpus=(H100, H100), cuda=True, cpu_count=16, memory_bytes=128 * GIB)
-    can = abilities(machine, tools={**NO_TOOLS, "sbatch": "/usr/bin/sbatch", "docker": "/usr/bin/docker"})
+    can = abilities(machine, tools={**NO_TOOLS, "sbatch": "sbatch", "kubectl": "kubectl", "docker": "docker"})
     no = {name: note for name, (value, note) in can.items() if value == "no"}
     assert no == {"recipes on CPU (smoke size)": "CPU is used only where there is no CUDA GPU"}
 
