@@ -32,7 +32,7 @@ demo-grpo: setup
 	$(VENV)/bin/python launchers/run.py recipe=grpo_llama3 out=runs/demo-grpo
 
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check .

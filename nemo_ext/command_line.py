@@ -114,6 +114,14 @@ def typed(name: str, value: Any, field: dataclasses.Field) -> Any:
     return value
 
 
+def texts(name: str, value: Any) -> list[str]:
+    """A key that holds several texts, given as a list or as one. Raises UserError."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(item, (dict, list)) or item is None or not str(item).isprintable() for item in items):
+        raise UserError(f"{name}={value} must be a list of texts, each one line")
+    return [str(item).strip() for item in items]
+
+
 def check_choice(name: str, value: Any, field: dataclasses.Field) -> None:
     """Raises UserError if the field lists what it may be and `value` is something else."""
     if (choices := field.metadata["choices"]) and value is not None and value not in choices:

@@ -135,8 +135,8 @@ class TrainKeys:
     n_frequency: int = key(1000, "learnt frequencies of every linear", only=FOURIERFT)
     scaling: float = key(300.0, "factor of the inverse Fourier transform", only=FOURIERFT)
     spectrum_start: str = key(
-        "zeros", "first coefficients: zeros leaves the model as it was; normal is the paper's, with scaling=300 too much for small "
-        "models", choices=("zeros", "normal"), only=FOURIERFT,
+        "zeros", "first coefficients: zeros leaves the model as it was; normal is the paper's, too much for small models with "
+        "scaling=300", choices=("zeros", "normal"), only=FOURIERFT,
     )  # fmt: skip
     frequency_seed: int = key(777, "seed that draws the frequencies (PEFT's random_loc_seed)", only=FOURIERFT)
 

@@ -7,6 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 
+# Files of few tests that take minutes: processes that share the files among them begin with these, so that none is left over.
+SLOWEST = (
+    "test_slurm_real.py", "test_layouts.py", "test_run.py", "test_run_faults.py", "test_dora.py", "test_adapters.py", "test_qlora.py",
+    "test_adalora_fourierft.py", "test_mixture_of_experts.py", "test_faults.py", "test_k8s_pods.py", "test_run_grpo.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first; the others keep their order."""
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> SimpleNamespace:

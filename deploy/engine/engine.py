@@ -143,19 +143,38 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._closing or self._scheduler.waiting or any(self._scheduler.rows)):
-                    self._cancelled.clear()  # of requests that have ended
-                    self._wake.wait()
-                closing = self._closing
-                self._sweep()
-                if closing:
-                    return
-                for group in self._scheduler.admit():
-                    self._admitted(group)
-            with torch.inference_mode():
-                self._step()
+        try:
+            with torch.inference_mode():  # ending a request moves rows of the cache, too
+                while self._turn():
+                    pass
+        except Exception:
+            log.exception("the engine has ended")
+            self._give_up()
+
+    def _turn(self) -> bool:
+        """One step, once there is something to do; False when the engine has closed."""
+        with self._wake:
+            while not (self._closing or self._scheduler.waiting or any(self._scheduler.rows)):
+                self._cancelled.clear()  # of requests that have ended
+                self._wake.wait()
+            closing = self._closing
+            self._sweep()
+            if closing:
+                return False
+            for group in self._scheduler.admit():
+                self._admitted(group)
+        self._step()
+        return True
+
+    def _give_up(self) -> None:
+        """Tell every request that it will not be answered, and take no more."""
+        with self._wake:
+            self._closing = True
+            left = [*self._scheduler.waiting, *self._scheduler.groups()]
+            self._scheduler.waiting.clear()
+        for group in left:
+            for index in range(group.request.n):
+                self._deliver(group, Output(index, finish="error", message="the engine has failed"))
 
     def _sweep(self) -> None:
         """End what was cancelled, is late, or is here when the engine closes."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-from launchers.slurm.keys import VARIABLE, seconds, texts
-from nemo_ext.command_line import check_choice, key, keys_of
+from launchers.slurm.keys import VARIABLE, seconds
+from nemo_ext.command_line import check_choice, key, keys_of, texts
 from nemo_ext.errors import UserError
+from nemo_ext.kubernetes import (
+    QUANTITY,
+    Mount,
+    check_image,
+    check_name,
+    check_object,
+    check_quantities,
+    mounts,
+    pairs,
+    tolerations,
+)
 
 JOB, PYTORCHJOB, RAYJOB = KINDS = ("job", "pytorchjob", "rayjob")
-LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # RFC 1123
-SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
-QUALIFIED = re.compile(rf"({SUBDOMAIN.pattern}/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")  # keys of labels, resources, taints
-VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
-QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
-EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
-# A suffix tells a job's pods apart ("-worker-99", and KubeRay's is a random one); a pod's host name has 63 characters at most.
-LONGEST_NAME = 40
 
 
 @dataclass
@@ -66,36 +67,15 @@ class K8sKeys:
 
     def mounts(self) -> list[Mount]:
         """The volumes, as they are mounted. Raises UserError."""
-        return [_mount(text) for text in texts("volumes", self.volumes)]
+        return mounts(self.volumes)
 
     def pairs(self, name: str) -> dict[str, str]:
         """A key that holds KEY=VALUE texts. Raises UserError."""
-        found = {}
-        for text in texts(name, getattr(self, name)):
-            left, separator, right = text.partition("=")
-            if not separator or not QUALIFIED.fullmatch(left) or not VALUE.fullmatch(right):
-                raise UserError(f"{name}={text}: give KEY=VALUE, such as {'rdma/ib=8' if name == 'resources' else 'zone=a'}")
-            found[left] = right
-        return found
+        return pairs(name, getattr(self, name))
 
     def taints(self, gpus: int) -> list[dict[str, str]]:
         """The tolerations. Raises UserError."""
-        if self.tolerations is None and gpus:
-            return [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-        return [_toleration(text) for text in texts("tolerations", self.tolerations)]
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A persistent volume claim and where the pods see it."""
-
-    claim: str
-    path: str
-    read_only: bool = False
-
-    def holds(self, path: str) -> bool:
-        """Whether a path lies in it."""
-        return PurePosixPath(path).is_relative_to(self.path)
+        return tolerations(self.tolerations, gpus)
 
 
 def build(given: dict[str, Any]) -> K8sKeys:
@@ -109,19 +89,16 @@ def build(given: dict[str, Any]) -> K8sKeys:
             raise UserError(f"{name}={value!r} must be one line of text")
     if keys.image is None:
         raise UserError("image= is missing: a container image with this project, such as one that Dockerfile builds")
-    if re.search(r"\s", keys.image):
-        raise UserError(f"image={keys.image} is no image's name")
+    check_image(keys.image)
     for name in ("name", "namespace"):
         if (value := getattr(keys, name)) is not None:
             check_name(name, value)
     for name in ("priority", "service_account", "queue"):
-        _check_object(name, getattr(keys, name))
+        check_object(name, getattr(keys, name))
     for name in ("secrets", "pull_secrets"):
         for text in texts(name, getattr(keys, name)):
-            _check_object(name, text)
-    for name in ("cpus", "memory", "shm"):
-        if (value := getattr(keys, name)) is not None and not QUANTITY.fullmatch(value):
-            raise UserError(f"{name}={value} is no quantity: 16, 500m, 500Gi")
+            check_object(name, text)
+    check_quantities(keys, ("cpus", "memory", "shm"))
     for name, least in (("retries", 0), ("grace", 1), ("keep_for", 0), ("group", 0), ("user", 0)):
         if (value := getattr(keys, name)) is not None and value < least:
             raise UserError(f"{name}={value} must be {least} or above")
@@ -132,7 +109,7 @@ def build(given: dict[str, Any]) -> K8sKeys:
         if not VARIABLE.fullmatch(variable):
             raise UserError(f"env.{variable}= is no name of an environment variable")
     limit(keys)
-    _check_mounts(keys.mounts())
+    keys.mounts()
     keys.taints(0)
     for name, amount in keys.pairs("resources").items():
         if not QUANTITY.fullmatch(amount):
@@ -147,43 +124,3 @@ def limit(keys: K8sKeys) -> int | None:
     if found == 0:
         raise UserError(f"time={keys.time} is no time at all")
     return found
-
-
-def check_name(key_name: str, name: str) -> None:
-    """Refuse a name that Kubernetes does not take for a job or a namespace. Raises UserError."""
-    longest = LONGEST_NAME if key_name == "name" else 63
-    if not LABEL.fullmatch(name) or len(name) > longest or (key_name == "name" and name[0].isdigit()):
-        raise UserError(
-            f"{key_name}={name}: Kubernetes takes up to {longest} lower-case letters, digits and hyphens, a letter first and no "
-            "hyphen last"
-        )
-
-
-def _check_object(key_name: str, name: str | None) -> None:
-    if name is not None and (not SUBDOMAIN.fullmatch(name) or len(name) > 253):
-        raise UserError(f"{key_name}={name}: Kubernetes takes lower-case letters, digits, dots and hyphens")
-
-
-def _mount(text: str) -> Mount:
-    claim, _, rest = text.partition(":")
-    path, _, mode = rest.partition(":")
-    if not SUBDOMAIN.fullmatch(claim) or not path.startswith("/") or ":" in path or mode not in ("", "ro"):
-        raise UserError(f"volumes={text}: give CLAIM:/path, or CLAIM:/path:ro")
-    return Mount(claim, str(PurePosixPath(path)), mode == "ro")
-
-
-def _check_mounts(mounts: list[Mount]) -> None:
-    paths = [mount.path for mount in mounts]
-    if twice := next((path for path in paths if paths.count(path) > 1), None):
-        raise UserError(f"volumes: {twice} is given twice")
-    if "/" in paths:
-        raise UserError("volumes: / is the image's own")
-
-
-def _toleration(text: str) -> dict[str, str]:
-    taint, _, effect = text.partition(":")
-    name, equals, value = taint.partition("=")
-    if not QUALIFIED.fullmatch(name) or not VALUE.fullmatch(value) or effect not in ("", *EFFECTS):
-        raise UserError(f"tolerations={text}: give KEY, KEY:EFFECT or KEY=VALUE:EFFECT; effects are {', '.join(EFFECTS)}")
-    found = {"key": name, **({"operator": "Equal", "value": value} if equals else {"operator": "Exists"})}
-    return {**found, "effect": effect} if effect else found

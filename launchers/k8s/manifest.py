@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from launchers.k8s.keys import JOB, PYTORCHJOB, RAYJOB, K8sKeys, limit
-from launchers.slurm.keys import texts
+from nemo_ext.command_line import texts
+from nemo_ext.kubernetes import GPU
 
 SETTINGS = "/etc/llm-builder"
 SETTINGS_FILE = "settings.yaml"
@@ -46,23 +47,6 @@ def objects(run: Run) -> list[dict[str, Any]]:
     """The job, then what goes with it."""
     render = {JOB: _job, PYTORCHJOB: _pytorchjob, RAYJOB: _rayjob}[run.kind]
     return [render(run), _config_map(run)]
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML for people: lines of a text as lines, and what stands twice written twice."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-)
-
-
-def text(documents: list[dict[str, Any]]) -> str:
-    """Objects as YAML."""
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def labels(name: str) -> dict[str, str]:
@@ -205,7 +189,7 @@ def _template(run: Run, restart: str | None, command: list[str] | None) -> dict[
 
 def _resources(run: Run) -> dict[str, Any]:
     keys = run.keys
-    limits = {**({"nvidia.com/gpu": str(run.gpus)} if run.gpus else {}), **keys.pairs("resources")}
+    limits = {**({GPU: str(run.gpus)} if run.gpus else {}), **keys.pairs("resources")}
     if keys.memory:
         limits["memory"] = keys.memory
     requests = {name: value for name, value in (("cpu", keys.cpus), ("memory", keys.memory)) if value}

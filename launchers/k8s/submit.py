@@ -24,8 +24,8 @@ from launchers.k8s import keys, manifest
 from launchers.k8s.keys import JOB, PYTORCHJOB, RAYJOB, K8sKeys
 from launchers.k8s.kubectl import Kubectl
 from launchers.k8s.manifest import Run
-from launchers.slurm.keys import texts
-from nemo_ext import run_folder
+from nemo_ext import kubernetes, run_folder
+from nemo_ext.command_line import texts
 from nemo_ext.disk import write_atomic
 from nemo_ext.errors import RunError, UserError
 from recipes.grpo import GrpoKeys
@@ -44,7 +44,7 @@ def submit(command: Command) -> int:
         raise UserError("plan=true plans here and submits nothing: give it without executor=, with gpu_memory= in GiB")
     run = describe(command, keys.build(command.executor_keys))
     if command.dryrun:
-        print(manifest.text(manifest.objects(run)), end="")
+        print(kubernetes.text(manifest.objects(run)), end="")
         return 0
     send(run)
     return 0
@@ -85,7 +85,7 @@ def describe(command: Command, own: K8sKeys) -> Run:
         settings["nemo_rl_version"] = tree.choose(wanted["nemo_rl_version"], None)
     settings |= command.overrides | {f"sweep.{name}": values for name, values in command.sweep.items()}
     name = own.name or _name(out)
-    keys.check_name("name", name)
+    kubernetes.check_name("name", name)
     gpus = wanted["gpus"] if wanted["device"] == "gpu" else 0
     return Run(
         keys=own, kind=kind, name=name, nodes=nodes, gpus=gpus, processes=wanted["gpus"], folder=out, settings=settings,
@@ -160,12 +160,12 @@ def finished(found: dict[str, Any]) -> bool:
 def create(kubectl: Kubectl, documents: list[dict[str, Any]]) -> None:
     """Create a job and what goes with it, which goes when the job goes. Pods wait until all is there. Raises RunError."""
     main, *others = documents
-    made = json.loads(kubectl.run("create", "--filename=-", "--output=json", given=manifest.text([main])))
+    made = json.loads(kubectl.run("create", "--filename=-", "--output=json", given=kubernetes.text([main])))
     owner = {"apiVersion": main["apiVersion"], "kind": main["kind"], "name": made["metadata"]["name"],
              "uid": made["metadata"]["uid"], "blockOwnerDeletion": True}  # fmt: skip
     owned = [{**each, "metadata": {**each["metadata"], "ownerReferences": [owner]}} for each in others]
     try:
-        kubectl.run("create", "--filename=-", given=manifest.text(owned))
+        kubectl.run("create", "--filename=-", given=kubernetes.text(owned))
     except RunError:
         kubectl.run("delete", RESOURCES[main["kind"].lower()], main["metadata"]["name"], "--wait=false")
         raise
@@ -222,7 +222,7 @@ def _name(out: str) -> str:
     """A job's name from the run's folder."""
     text = re.sub(r"[^a-z0-9]+", "-", PurePosixPath(out).name.lower()).strip("-")
     text = text if text[:1].isalpha() else f"run-{text}"
-    return text[: keys.LONGEST_NAME].strip("-")
+    return text[: kubernetes.LONGEST_NAME].strip("-")
 
 
 def _attempt() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ext.command_line import check_choice, key, keys_of, nearest, read_config, typed
+from nemo_ext.command_line import check_choice, key, keys_of, nearest, read_config, texts, typed
 from nemo_ext.errors import UserError
 
 MACHINE = ("gpus", "gpu_memory")  # keys of recipes that a site's profile may set: what its machines are
@@ -131,14 +131,6 @@ def _check(keys: SlurmKeys) -> None:
         raise UserError(f"chain={keys.chain} and requeue=true both continue a run: give one of them")
     if keys.runtime and not keys.container:
         raise UserError(f"runtime={keys.runtime} is for a container: container=IMAGE")
-
-
-def texts(name: str, value: Any) -> list[str]:
-    """A key that holds several texts, given as a list or as one. Raises UserError."""
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(item, (dict, list)) or item is None or not str(item).isprintable() for item in items):
-        raise UserError(f"{name}={value} must be a list of texts, each one line")
-    return [str(item).strip() for item in items]
 
 
 def seconds(name: str, text: str) -> int | None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.allocation import AGAIN, COMPLETE, FINISH, PREPARE
-from launchers.slurm.keys import SlurmKeys, texts
+from launchers.slurm.keys import SlurmKeys
 from nemo_ext import run_folder
+from nemo_ext.command_line import texts
 from nemo_ext.errors import UserError
 
 FOLDER = "slurm"  # in a run's folder: what was submitted, and the jobs' logs

@@ -239,6 +239,37 @@ def test_cancelled_late_and_failed(ask, engine, reference, baseline, monkeypatch
     assert engine.alive and ask(Request(other, 5, GREEDY)).wait().ids() == survivor.ids()
 
 
+def test_a_cancelled_row_is_filled_by_one_that_runs(ask, engine, reference, baseline):
+    """Rows that decode have no holes: the last one moves, also when a request ends between two steps."""
+    first, *others = prompts(3, seed=31)
+    leaving = ask(Request(first, 150, GREEDY, ignore_eos=True))
+    staying = [ask(Request(prompt, 40, GREEDY)) for prompt in others]
+    while not all(answers.outputs for answers in (leaving, *staying)):
+        time.sleep(0.001)
+    engine.cancel(leaving.number)
+    assert leaving.wait().finish() == "cancelled"
+    assert [a.wait().ids() for a in staying] == [generate(reference, prompt, max_new_tokens=40) for prompt in others]
+
+
+def test_an_engine_that_fails_tells_everyone(tiny, monkeypatch):
+    from deploy.engine.engine import Engine
+
+    engine = Engine(tiny, rows=1)
+    running, waiting = (Answers(engine, Request((1, 2), 200, GREEDY, ignore_eos=True)) for _ in range(2))
+    while not running.outputs:
+        time.sleep(0.001)
+
+    def broken():
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(engine, "_sweep", broken)
+    assert running.wait().finish() == waiting.wait().finish() == "error"
+    with pytest.raises(Busy):
+        engine.submit(Request((1,), 1), print)
+    engine.close()
+    assert not engine.alive
+
+
 def test_numbers_gone_wrong_stay_in_their_request(ask, engine, reference, baseline, monkeypatch):
     """A NaN ends its own request only, and is not in the cache for the next one."""
     import torch

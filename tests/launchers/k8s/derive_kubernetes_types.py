@@ -15,7 +15,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOTS = ("V1Job", "V1ConfigMap", "V1PodTemplateSpec", "KubeflowOrgV1PyTorchJob")
+ROOTS = ("V1Job", "V1ConfigMap", "V1PodTemplateSpec", "KubeflowOrgV1PyTorchJob",
+         "V1Deployment", "V1Service", "V1PodDisruptionBudget", "V2HorizontalPodAutoscaler")  # fmt: skip
 PACKAGES = {"kubernetes": "kubernetes/client/models", "kubeflow-training": "kubeflow/training/models"}
 
 

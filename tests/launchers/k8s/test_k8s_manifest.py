@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from kubernetes_check import TYPES, wrong
 
 from launchers import grammar
 from launchers.k8s import keys, manifest, submit
+from nemo_ext import kubernetes
 
-TYPES = json.loads(Path(__file__).with_name("kubernetes_types.json").read_text())["types"]
 # No package of models has KubeRay's. Read from ray-operator/config/crd/bases/ray.io_rayjobs.yaml, version v1; as in the file of
 # types, "!" is behind what must be there.
 TYPES |= {
@@ -40,7 +38,6 @@ TYPES |= {
 }  # fmt: skip
 ROOTS = {"Job": "V1Job", "ConfigMap": "V1ConfigMap", "PyTorchJob": "KubeflowOrgV1PyTorchJob", "RayJob": "RayJob"}
 VERSIONS = {"Job": "batch/v1", "ConfigMap": "v1", "PyTorchJob": "kubeflow.org/v1", "RayJob": "ray.io/v1"}
-SCALARS = {"str": str, "int": int, "bool": bool, "float": (int, float), "object": object, "datetime": str}
 BARE = [
     "recipe=cpt_llama3",
     "gpus=8",
@@ -69,31 +66,9 @@ def described(arguments: list[str]) -> manifest.Run:
 
 def objects(arguments: list[str]) -> list[dict[str, Any]]:
     """The objects of a command line, read back from the YAML that is submitted."""
-    text = manifest.text(manifest.objects(described(arguments)))
+    text = kubernetes.text(manifest.objects(described(arguments)))
     assert "&id" not in text  # everything is written out
     return list(yaml.safe_load_all(text))
-
-
-def wrong(value: Any, kind: str, where: str = "") -> list[str]:
-    """What of `value` is not as the type says."""
-    kind = kind.rstrip("!")
-    if match := re.fullmatch(r"list\[(.+)\]", kind):
-        if not isinstance(value, list):
-            return [f"{where}: {value!r} is no list"]
-        return [text for i, each in enumerate(value) for text in wrong(each, match[1], f"{where}[{i}]")]
-    if match := re.fullmatch(r"dict\(str, (.+)\)", kind):
-        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-            return [f"{where}: {value!r} is no mapping of texts"]
-        return [text for name, each in value.items() for text in wrong(each, match[1], f"{where}.{name}")]
-    if kind in TYPES:
-        fields = TYPES[kind]
-        if not isinstance(value, dict):
-            return [f"{where}: {value!r} is no {kind}"]
-        found = [f"{where}: {kind} has no {name}" for name in value if name not in fields]
-        found += [f"{where}: {kind} needs {name}" for name, each in fields.items() if each.endswith("!") and name not in value]
-        return found + [text for name in value if name in fields for text in wrong(value[name], fields[name], f"{where}.{name}")]
-    fits = isinstance(value, SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool) or kind == "object")
-    return [] if fits else [f"{where}: {value!r} is no {kind}"]
 
 
 VARIANTS = {
