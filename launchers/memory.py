@@ -283,9 +283,6 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
         logits = logits_memory(architecture, request, layout)
     # A layer's backward pass comes after the logits are gone: only the larger of the two counts.
     activations = saved + max(0.0, working - logits)
-    if request.nf4:  # seen on a GPU as if there were a second copy, not explained (docs/plan.md, Error)
-        activations += 0.5 * linear
-
     if request.device == "cpu":
         # A checkpoint is gathered and copied before it is written, when the activations are gone.
         saving = max(0.0, 2 * ((e * adapter or weights) + optimizer) - activations - logits)

@@ -147,13 +147,18 @@ class NF4Linear:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """The weights are there, and autograd keeps their NF4 form."""
-        saved = {}
+        """The weights are there, and autograd keeps their NF4 form.
+
+        Afterwards their memory is given back whoever still has the tensors: Transformer Engine's LayerNormLinear puts its weight
+        into its autograd context, beside what it saves.
+        """
+        saved, storages = {}, []
         try:
             for name, nf4 in self.nf4.items():
-                weight = self.__dict__[name] = nf4.dequantize()
-                saved[weight.untyped_storage().data_ptr()] = _Again(nf4)
-            del weight
+                self.__dict__[name] = nf4.dequantize()
+                storage = self.__dict__[name].untyped_storage()
+                saved[storage.data_ptr()] = _Again(nf4)
+                storages.append(storage)
 
             def pack(tensor: Tensor) -> Any:
                 again = saved.get(tensor.untyped_storage().data_ptr())
@@ -164,6 +169,8 @@ class NF4Linear:
         finally:
             for name in self.nf4:
                 self.__dict__.pop(name, None)
+            for storage in storages:
+                storage.resize_(0)
 
 
 class _Again:

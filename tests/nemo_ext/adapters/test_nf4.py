@@ -169,15 +169,17 @@ def test_two_that_saved_a_weight_share_it():
     dequantize = nf4.NF4Weight.dequantize
 
     class Twice(torch.autograd.Function):
-        """Saves the weight twice, as Transformer Engine does."""
+        """Saves the weight twice, and keeps it in its context, as Transformer Engine does."""
 
         @staticmethod
         def forward(ctx, x, weight):
             ctx.save_for_backward(weight, weight)
+            ctx.weight = weight
             return x @ weight.T
 
         @staticmethod
         def backward(ctx, gradient):
+            assert ctx.weight.untyped_storage().nbytes() == 0
             one, two = ctx.saved_tensors
             assert one.data_ptr() == two.data_ptr() and torch.equal(one, two)
             return gradient @ one, None

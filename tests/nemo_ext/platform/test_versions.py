@@ -32,6 +32,13 @@ def test_version_prefixes(found, prefix, same):
     assert versions.matches(found, prefix) is same
 
 
+def test_nothing_is_bridged_without_megatron(monkeypatch):
+    """GRPO's embedded engine runs where there is none."""
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    monkeypatch.setattr(versions, "_let_optimizer_be_built", lambda: pytest.fail("it would import Megatron-Core"))
+    versions.bridge()
+
+
 def test_what_is_read_for_cpus_is_written_for():
     for package, releases in versions.READ_FOR_CPU.items():
         for release in releases:
