@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from conversion import hub_cache, nemo_folder
+from conversion.multimodal import language_model, senses_of
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
+from nemo_ext.multimodal.description import Sense
 
 KINDS = ("hf", "nemo", "gguf")
 TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -64,19 +66,27 @@ class Checkpoint:
             raise UserError(f"{self}: a GGUF file is compared by its tensors")
         return self.nemo.architecture if self.kind == "nemo" else families.architecture(self.config)
 
+    @cached_property
+    def senses(self) -> tuple[Sense, ...]:
+        """What the model sees or hears with; empty for a text model."""
+        if self.kind == "gguf":
+            return ()
+        return self.nemo.senses if self.kind == "nemo" else senses_of(self.config)
+
     @property
     def vocab_size(self) -> int:
         """Token ids below this have an embedding."""
         if self.kind == "nemo":
             return self.architecture.vocab_size
-        return {**self.config, **self.config.get("text_config", {})}["vocab_size"]
+        return {**self.config, **self.config.get("text_config", {}), **language_model(self.config)}["vocab_size"]
 
     @property
     def max_positions(self) -> int:
         """Tokens that a prompt may have."""
         if self.kind == "nemo":
             return self.architecture.max_position_embeddings
-        return {**self.config, **self.config.get("text_config", {})}.get("max_position_embeddings", 2048)
+        text = {**self.config, **self.config.get("text_config", {}), **language_model(self.config)}
+        return text.get("max_position_embeddings", 2048)
 
     @property
     def tokenizer(self) -> Path | None:

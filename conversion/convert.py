@@ -178,6 +178,8 @@ def _nemo_to_hf(job: Job) -> None:
 
 def _export(job: Job, target: Path, dtype: str | None) -> None:
     from conversion import nemo_folder, nemo_to_hf
+    from conversion.hf_to_nemo import read_config
+    from conversion.multimodal import OWN_TYPE
 
     nemo = nemo_folder.find(Path(job.source).expanduser())
     job.check_layout(nemo.architecture)
@@ -189,6 +191,8 @@ def _export(job: Job, target: Path, dtype: str | None) -> None:
         lambda folder: (f"nemo:{nemo.folder}", f"hf:{folder}"),
         target,
     )
+    if nemo.senses and read_config(target).get("model_type") == OWN_TYPE:
+        print(f"note: transformers has no class with this encoder and projector: model_type={OWN_TYPE} is a form of our own")
 
 
 def _from_gguf(job: Job) -> tuple[Path, dict[str, Any] | bool]:

@@ -26,6 +26,8 @@ from conversion.atomic import fingerprint, resumable_folder
 from conversion.dist_checkpoint import Chunk, StoredTensor
 from conversion.dtypes import DTYPES, cast, parse
 from conversion.families import Family, Row
+from conversion.multimodal import senses_of
+from conversion.multimodal.rows import with_senses
 from conversion.safetensors_io import TensorInfo
 from conversion.workers import Progress
 from nemo_ext.architecture import Architecture
@@ -53,20 +55,22 @@ def convert(
     writing, which `workers` threads share, each with one Megatron tensor (of one layer) in memory. A conversion that was killed
     goes on where it was, with any number of workers. `source` is what conversion.json calls the source.
 
-    `out_dir` then has `weights/` (the distributed checkpoint), `architecture.json` (`Architecture.to_dict()`), `tokenizer/`
-    (with chat template and generation_config.json) and `conversion.json` (see docs/conversion.md), and appears only when all is
-    written and `check` has passed it. Raises UserError: unknown architecture, missing or truncated shard, a missing,
-    unexpected or ill-shaped tensor, weights that are not floating point or do not fit `dtype`, too small a disk, `out_dir` taken.
+    `out_dir` then has `weights/` (the distributed checkpoint), `architecture.json` (`Architecture.to_dict()`), of a model with
+    senses `senses.json`, `tokenizer/` (with chat template, processor and generation_config.json) and `conversion.json` (see
+    docs/conversion.md), and appears only when all is written and `check` has passed it. Raises UserError: unknown architecture,
+    missing or truncated shard, a missing, unexpected or ill-shaped tensor, weights that are not floating point or do not fit
+    `dtype`, too small a disk, `out_dir` taken.
 
-    Not carried: buffers that follow from the configuration (rotary frequencies) and what a wrapped language model is wrapped
-    with (a vision tower). A copy of a tied embedding under the output's name is carried as the embedding, and written again by
+    Not carried: buffers that follow from the configuration (rotary frequencies, numbers of positions) and what Gemma 3's language
+    model is wrapped with. A copy of a tied embedding under the output's name is carried as the embedding, and written again by
     an export.
     """
     hf_dir = Path(hf_dir)
     config = read_config(hf_dir)
-    architecture, family = families.architecture(config), families.family_of(config)
+    architecture, senses = families.architecture(config), senses_of(config)
     target = parse(dtype)
     stored = safetensors_io.open_folder(hf_dir)
+    family = with_senses(families.family_of(config), architecture, senses, stored)
     prefix = families.base_prefix(family, stored)
     names = tensor_names(family, architecture, stored, prefix, hf_dir)
     tensors = _plan(family, architecture, stored, prefix, target, hf_dir)
@@ -88,12 +92,12 @@ def convert(
             "verified": False,
             "hf_config": config,
         }
-        if prefix == BARE:
+        if prefix == BARE or senses:
             record["hf_files"] = shards.record(hf_dir, stored, {name: target or stored[name].dtype for name in names})
-        nemo_folder.write_description(folder, architecture, record)
+        nemo_folder.write_description(folder, architecture, record, senses)
         unfinished.kept = True
         if check:
-            nemo_folder.write_description(folder, architecture, record | {"verified": check(folder)})
+            nemo_folder.write_description(folder, architecture, record | {"verified": check(folder)}, senses)
     return Path(out_dir)
 
 
@@ -226,7 +230,7 @@ def _extra_states(family: Family, architecture: Architecture) -> dict[str, torch
 
     Transformer Engine keeps FP8 scales there; an empty byte tensor says there are none.
     """
-    modules = {row.megatron.rsplit(".", 1)[0] for row in family.rows_of(architecture)}
+    modules = {row.megatron.rsplit(".", 1)[0] for row in family.rows_of(architecture) if not row.megatron.startswith("senses.")}
     modules -= {"embedding.word_embeddings", "output_layer", "decoder.layers.{i}.mlp.router"}  # Megatron's own, without state
     modules.add("decoder.layers.{i}.self_attention.core_attention")
     states = {}

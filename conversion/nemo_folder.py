@@ -1,15 +1,17 @@
 """What lies beside a Megatron distributed checkpoint and says which model it is.
 
-`architecture.json` is the shape (`Architecture.to_dict()`), `tokenizer/` the tokenizer with chat template and
-generation_config.json, `conversion.json` where the weights came from: source, hash, the original config.json. A converted
-folder holds them beside its `weights/`; a run's folder holds them once, under `model/`, for all its checkpoints. A checkpoint
-that NeMo 2 itself wrote has `context/` instead (`conversion/nemo_context.py`).
+`architecture.json` is the shape (`Architecture.to_dict()`), `senses.json` what a model sees or hears with (a list of `Sense`s; no
+file for a text model), `tokenizer/` the tokenizer with chat template, processor and generation_config.json, `conversion.json`
+where the weights came from: source, hash, the original config.json. A converted folder holds them beside its `weights/`; a run's
+folder holds them once, under `model/`, for all its checkpoints. A checkpoint that NeMo 2 itself wrote has `context/` instead
+(`conversion/nemo_context.py`).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,18 @@ from conversion import nemo_context
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
+from nemo_ext.multimodal.description import Sense
 
 WEIGHTS = "weights"
 ARCHITECTURE = "architecture.json"
+SENSES = "senses.json"
 RECORD = "conversion.json"
 ADAPTER = "adapter.json"  # what a checkpoint that holds only an adapter has instead of, or beside, the others
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -38,6 +43,7 @@ class NemoCheckpoint:
     architecture: Architecture
     tokenizer: Path | None = None
     record: dict[str, Any] = field(default_factory=dict)  # conversion.json; empty for a model trained from random weights
+    senses: tuple[Sense, ...] = ()  # none: a text model
 
     @property
     def weights(self) -> Path:
@@ -74,15 +80,18 @@ def _find(path: Path) -> tuple[Path, Path]:
     return path, path
 
 
-def write_description(folder: Path, architecture: Architecture, record: dict[str, Any]) -> None:
-    """Put architecture.json and conversion.json into `folder`; the tokenizer is the caller's to copy."""
+def write_description(folder: Path, architecture: Architecture, record: dict[str, Any], senses: Sequence[Sense] = ()) -> None:
+    """Put architecture.json, conversion.json and, if there are any, senses.json into `folder`; the tokenizer is the caller's to
+    copy."""
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(folder / ARCHITECTURE, architecture.to_dict())
+    if senses:
+        run_folder.write_json(folder / SENSES, [sense.to_dict() for sense in senses])
     run_folder.write_json(folder / RECORD, record)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy what belongs to a tokenizer, chat template and generation_config.json included, into a new `folder`."""
+    """Copy what belongs to a tokenizer, chat template, processor and generation_config.json included, into a new `folder`."""
     folder.mkdir(parents=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -100,6 +109,17 @@ def read_architecture(folder: Path) -> Architecture:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
+def read_senses(folder: Path) -> tuple[Sense, ...]:
+    """The `senses.json` in `folder`, empty where there is none; UserError if it cannot be read."""
+    file = Path(folder) / SENSES
+    if not file.is_file():
+        return ()
+    try:
+        return tuple(Sense.from_dict(entry) for entry in json.loads(file.read_text()))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
 def _described(folder: Path, description: Path) -> NemoCheckpoint:
     if not (folder / WEIGHTS / "metadata.json").is_file():
         raise UserError(f"{folder} is no NeMo checkpoint: it has no {WEIGHTS}/metadata.json")
@@ -114,4 +134,5 @@ def _described(folder: Path, description: Path) -> NemoCheckpoint:
         read(description),
         tokenizer if tokenizer.is_dir() and any(tokenizer.iterdir()) else None,
         record or {},
+        read_senses(description),
     )

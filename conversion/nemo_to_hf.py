@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from conversion import dist_checkpoint, dtypes, families, nemo_folder, safetensors_io, shards
+from conversion import dist_checkpoint, dtypes, families, multimodal, nemo_folder, safetensors_io, shards
 from conversion import workers as threads
 from conversion.atomic import Unfinished, fingerprint, resumable_folder
 from conversion.dist_checkpoint import SavedTensor
 from conversion.families import Family, Row
-from conversion.hf_to_nemo import KEY_PREFIX, Check, megatron_shape
+from conversion.hf_to_nemo import BARE, KEY_PREFIX, Check, megatron_shape
 from conversion.layout import VOCABULARY
+from conversion.multimodal.rows import with_senses
 from conversion.nemo_folder import NemoCheckpoint
 from conversion.safetensors_io import TensorInfo
 from conversion.shards import Shard, Specs
@@ -45,6 +46,7 @@ class Piece:
     index: dict[str, int]
     saved: SavedTensor
     copies: Mapping[str, str]  # {name: second name}, where the files have a tensor twice
+    prefix: str = BARE  # of the Hugging Face names
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """{name: shape} of the Hugging Face tensors."""
@@ -55,12 +57,15 @@ class Piece:
         return self._named(self.row.layout.split(architecture, self.saved.read(*self.index.values())))
 
     def _named(self, parts: Sequence[Any]) -> dict[str, Any]:
-        named = dict(zip((name.format(**self.index) for name in self.row.hf), parts, strict=True))
+        names = (families.hf_name(name, self.prefix).format(**self.index) for name in self.row.hf)
+        named = dict(zip(names, parts, strict=True))
         return named | {copy: named[name] for name, copy in self.copies.items() if name in named}
 
     @property
     def position(self) -> tuple[int, int]:
-        """Where it comes in the model: embedding, layers, final norm and output."""
+        """Where it comes in the model: senses, embedding, layers, final norm and output."""
+        if self.row.megatron.startswith("senses."):
+            return -1, 0
         if "i" in self.index:
             return 1, self.index["i"]
         return (0 if self.row.megatron.startswith("embedding.") else 2), 0
@@ -96,8 +101,11 @@ def export(
             f"{checkpoint.folder} is a {architecture.family!r}, which does not convert; known: {', '.join(families.FAMILIES)}"
         )
     imported = _imported(checkpoint)
-    copies = {EMBEDDING: OUTPUT} if architecture.share_embeddings_and_output_weights and OUTPUT in imported.dtypes else {}
-    pieces = sorted(pieces_of(family, architecture, checkpoint, copies), key=lambda piece: piece.position)
+    family = with_senses(family, architecture, checkpoint.senses, imported.dtypes)
+    prefix = families.base_prefix(family, imported.dtypes) if checkpoint.senses else BARE
+    embedding, output = (families.hf_name(name, prefix) for name in (EMBEDDING, OUTPUT))
+    copies = {embedding: output} if architecture.share_embeddings_and_output_weights and output in imported.dtypes else {}
+    pieces = sorted(pieces_of(family, architecture, checkpoint, copies, prefix), key=lambda piece: piece.position)
     layout, specs, index_metadata = _plan(architecture, pieces, imported, dtypes.parse(dtype), max_shard_bytes)
     config = _config(checkpoint, family, specs, dtype)
 
@@ -144,7 +152,11 @@ def _imported(checkpoint: NemoCheckpoint) -> Imported:
 
 
 def pieces_of(
-    family: Family, architecture: Architecture, checkpoint: NemoCheckpoint, copies: Mapping[str, str]
+    family: Family,
+    architecture: Architecture,
+    checkpoint: NemoCheckpoint,
+    copies: Mapping[str, str],
+    prefix: str = BARE,
 ) -> Iterator[Piece]:
     """Every Megatron tensor of the checkpoint; refuses one that is missing, unexpected or ill-shaped."""
     saved = dist_checkpoint.read(checkpoint.weights)
@@ -168,7 +180,7 @@ def pieces_of(
                 f"{checkpoint.folder}: {KEY_PREFIX + row.key} has shape {list(tensor.shape)}, architecture.json asks for "
                 f"{[*axes, *shape]}"
             )
-        yield from (Piece(row, index, tensor, copies) for index in row.indices(architecture))
+        yield from (Piece(row, index, tensor, copies, prefix) for index in row.indices(architecture))
 
 
 def _plan(
@@ -190,9 +202,10 @@ def _config(checkpoint: NemoCheckpoint, family: Family, specs: Specs, dtype: str
     """config.json: the imported one as long as it describes the model, of a wrapped language model its text part."""
     usual = dtypes.NAMES[collections.Counter(kind for kind, _ in specs.values()).most_common(1)[0][0]]
     config = checkpoint.record.get("hf_config")
-    if not config or not _describes(config, checkpoint.architecture):
-        return families.hf_config(checkpoint.architecture, usual, _special_ids(checkpoint.tokenizer))
-    if family.text_config and "text_config" in config:
+    if not config or not _describes(config, checkpoint):
+        text = families.hf_config(checkpoint.architecture, usual, _special_ids(checkpoint.tokenizer))
+        return multimodal.hf_config(text, checkpoint.senses, usual) if checkpoint.senses else text
+    if family.text_config and "text_config" in config and not checkpoint.senses:
         outside = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
         text = {key: config[key] for key in outside if key in config} | config["text_config"]
         config = {"architectures": [family.causal_lm], **text, "model_type": family.model_types[0]}
@@ -201,9 +214,9 @@ def _config(checkpoint: NemoCheckpoint, family: Family, specs: Specs, dtype: str
     return config
 
 
-def _describes(config: Mapping[str, Any], architecture: Architecture) -> bool:
+def _describes(config: Mapping[str, Any], checkpoint: NemoCheckpoint) -> bool:
     try:
-        return families.architecture(config) == architecture
+        return families.architecture(config) == checkpoint.architecture and multimodal.senses_of(config) == checkpoint.senses
     except UserError:
         return False
 

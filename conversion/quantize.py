@@ -107,6 +107,7 @@ class Job:
     def check(self) -> None:
         """Refuse what can be seen without loading anything."""
         from conversion.hf_to_nemo import read_config
+        from conversion.multimodal import senses_of
 
         o = self.options
         for name in ("samples", "seq", "batch", "heldout_samples"):
@@ -121,6 +122,8 @@ class Job:
             raise UserError(
                 f"{self.source} is quantized already ({quantization.get('quant_method', '?')}): quantize the original"
             )
+        if senses_of(self.config):
+            raise UserError(f"{self.source} sees or hears: only text models are quantized")
         if o.format == "gguf":
             if o.auto or o.kv_cache or o.group or o.exclude != "lm_head":
                 raise UserError(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from conversion.compare.activations import LogitDifference, Trace
     from conversion.compare.megatron import Layout, Processes
+    from conversion.compare.prompts import Prompt
     from conversion.compare.tensors import LazyTensor, TensorReport
 
 Progress = Callable[[int, int, str], None]
@@ -261,13 +262,14 @@ class _Models:
             return None
         return min(dtypes, key=lambda dtype: dtype.itemsize)
 
-    def run(self, side: str, ids: Sequence[torch.Tensor], dtype: torch.dtype, expected: int, layers: bool = False) -> list[Trace]:
-        """What the model of side "a" or "b" computes for each prompt `[s]`; `expected` is how many runs there will be."""
+    def run(self, side: str, prompts: Sequence[Prompt], dtype: torch.dtype, expected: int, layers: bool = False) -> list[Trace]:
+        """What the model of side "a" or "b" computes for each prompt; `expected` is how many runs there will be."""
         from conversion.compare import huggingface, megatron
 
         checkpoint: Checkpoint = getattr(self, side)
 
-        options = dict(dtype=dtype, round_to=self.rounded, layers=layers)
+        ids, media = [prompt.ids for prompt in prompts], [prompt.media for prompt in prompts]
+        options = dict(dtype=dtype, round_to=self.rounded, layers=layers, media=media)
         if checkpoint.kind == "hf":
             traces = huggingface.traces(checkpoint.path, ids, **options)
         else:
@@ -294,12 +296,13 @@ def _compare_logits(report: Report, models: _Models, prompts_file: str | Path | 
     if models.rounded:
         narrow = str(models.rounded).removeprefix("torch.")
         report.notes.append(f"one side stores {narrow}: the other's weights were rounded to it before they ran")
-    ids, total = [prompt.ids for prompt in prompts], 2 if dtype == torch.float32 else 3
-    reference = [trace[LOGITS].value for trace in models.run("a", ids, torch.float32, total)]
+    total = 2 if dtype == torch.float32 else 3
+    reference = [trace[LOGITS].value for trace in models.run("a", prompts, torch.float32, total)]
     own: list[LogitDifference | None] = [None] * len(prompts)
     if dtype != torch.float32:
-        own = [compare(r, trace[LOGITS].value) for r, trace in zip(reference, models.run("a", ids, dtype, total), strict=True)]
-    other = [trace[LOGITS].value for trace in models.run("b", ids, dtype, total)]
+        rounded = models.run("a", prompts, dtype, total)
+        own = [compare(r, trace[LOGITS].value) for r, trace in zip(reference, rounded, strict=True)]
+    other = [trace[LOGITS].value for trace in models.run("b", prompts, dtype, total)]
     for prompt, r, o, yardstick in zip(prompts, reference, other, own, strict=True):
         found = compare(r, o)
         if yardstick is None:
@@ -322,7 +325,7 @@ def _compare_logits(report: Report, models: _Models, prompts_file: str | Path | 
             mean = f" and by {d.mean_abs:.2g} on average (allowed {result.allowed_mean:.2g})"
         report.failures.append(
             f"logits differ by up to {d.max_abs:.2g} (allowed {result.allowed:.2g}){mean} on {text!r}; "
-            + _locate(report, models, ids[worst])
+            + _locate(report, models, prompts[worst])
         )
 
 
@@ -335,15 +338,15 @@ def _badness(result: PromptResult) -> float:
     return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
 
 
-def _locate(report: Report, models: _Models, ids: torch.Tensor) -> str:
+def _locate(report: Report, models: _Models, prompt: Prompt) -> str:
     """Run both models in fp32 with their hidden states and say where they part: modules, tensors, configuration."""
     import torch
 
     from conversion.compare import tensors
-    from conversion.compare.activations import LAYER, first_difference
+    from conversion.compare.activations import first_difference
 
     try:
-        reference, other = (models.run(side, [ids], torch.float32, 0, layers=True)[0] for side in "ab")
+        reference, other = (models.run(side, [prompt], torch.float32, 0, layers=True)[0] for side in "ab")
     except UserError as error:
         return f"where they part is not known ({error})"
     found = first_difference(reference, other)
@@ -351,9 +354,7 @@ def _locate(report: Report, models: _Models, ids: torch.Tensor) -> str:
         return "in fp32 no layer's output differs: it is the computation in the lower precision"
     point, error = found
     modules = (reference[point].module, other[point].module)
-    layer = LAYER.search(point)
-    own = (lambda name: f".{layer[0]}." in name) if layer else (lambda name: not LAYER.search(name))
-    wrong = tensors.compare(*models.tensors, only=own).differences
+    wrong = tensors.compare(*models.tensors, only=lambda name: _belongs(name, point)).differences
     configuration = _different_fields(models.a, models.b)
     report.first_difference = {
         "point": point,
@@ -372,6 +373,21 @@ def _locate(report: Report, models: _Models, ids: torch.Tensor) -> str:
     if not wrong and not configuration:
         parts.append("tensors and configuration there are equal")
     return "; ".join(parts)
+
+
+def _belongs(name: str, point: str) -> bool:
+    """Whether a tensor has to do with a point of a trace: it is in its layer, or in the projector, or in no layer."""
+    from conversion.compare.activations import LAYER
+
+    in_sense = name.startswith(("vision_tower.", "audio_tower."))
+    in_projector = name.startswith(("multi_modal_projector.", "image_newline"))
+    if point == "projector":
+        return in_projector
+    if point.startswith("encoder."):
+        embeds = point == "encoder.layers.0" and ".layers." not in f".{name}"  # what is before the first layer has no point
+        return in_sense and (f".{point.removeprefix('encoder.')}." in name or embeds)
+    layer = LAYER.search(point)
+    return not (in_sense or in_projector) and (f".{layer[0]}." in name if layer else not LAYER.search(name))
 
 
 def _different_fields(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Any, Any]]:
@@ -394,7 +410,7 @@ def _finite(report: Report, models: _Models, max_tokens: int) -> None:
         if checkpoint.kind == "gguf":
             continue
         prompts = prompt_choice.choose(checkpoint, checkpoint, None, max_tokens).prompts
-        traces = models.run(side, [prompt.ids for prompt in prompts], torch.float32, 1)
+        traces = models.run(side, prompts, torch.float32, 1)
         finite = [bool(trace[LOGITS].value.isfinite().all()) for trace in traces]
         report.notes.append(
             f"a GGUF file has no model here: its dequantized tensors were compared, and {checkpoint} gives finite logits "

@@ -35,6 +35,7 @@ from conversion.compare.activations import (
     require_memory,
     round_weights,
 )
+from conversion.compare.media import Media, sense_hooks
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import RunError, UserError, explain, is_lost_connection
 
@@ -93,8 +94,10 @@ def traces(
     layers: bool = False,
     layout: Layout | None = None,
     processes: Processes | None = None,
+    media: Sequence[Media | None] | None = None,
 ) -> list[Trace]:
-    """Run each prompt (`[s]`, int64) through the model, one at a time without padding; the vocabulary's padding is removed.
+    """Run each prompt (`[s]`, int64) with its `media` through the model, one at a time without padding; the vocabulary's padding
+    is removed.
 
     `dtype` is the one of weights and computation; `round_to` rounds the weights first. `layers` records the hidden states too.
     `processes` are as many as the layout has; without them they are started and ended here. Raises UserError: the layout does
@@ -105,10 +108,15 @@ def traces(
     platform.activate()
     layout = layout or Layout()
     layout.check(checkpoint.architecture)
-    weights = 1.6 * checkpoint.architecture.num_parameters() * dtype.itemsize  # loading copies the fused gate and up
+    parameters = checkpoint.architecture.num_parameters()
+    width = checkpoint.architecture.hidden_size
+    parameters += sum(s.encoder.num_parameters() + s.projector_parameters(width) for s in checkpoint.senses)
+    weights = 1.6 * parameters * dtype.itemsize  # loading copies the fused gate and up
     what = f"{checkpoint.folder} in {str(dtype).removeprefix('torch.')}"
     require_memory(weights, what, layout.processes)
-    job = dict(checkpoint=checkpoint, prompts=list(prompts), dtype=dtype, round_to=round_to, layers=layers, layout=layout)
+    media = list(media or [None] * len(prompts))
+    job = dict(checkpoint=checkpoint, prompts=list(prompts), media=media, dtype=dtype, round_to=round_to, layers=layers,
+               layout=layout)  # fmt: skip
     if layout.processes == 1:
         with single_process():
             return _stage_traces(**job)
@@ -119,7 +127,7 @@ def traces(
 
 
 def load_megatron(checkpoint: nemo_folder.NemoCheckpoint, seq_length: int, **overrides: Any) -> GPTModel:
-    """This process's part of Megatron's GPTModel with the checkpoint's weights, fp32, in evaluation mode.
+    """This process's part of Megatron's GPTModel with the checkpoint's weights and senses, fp32, in evaluation mode.
 
     Megatron's parallel state must be there; `overrides` are fields of the NeMo configuration, such as
     `tensor_model_parallel_size` or dtypes. Raises UserError if the checkpoint does not have the model's tensors.
@@ -134,7 +142,12 @@ def load_megatron(checkpoint: nemo_folder.NemoCheckpoint, seq_length: int, **ove
     options = dict(params_dtype=torch.float32, bf16=False) | overrides
     config = fiddle.build(model_config(checkpoint.architecture, seq_length, **options)).config
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    model = config.configure_model(tokenizer=None, pre_process=first, post_process=last).cuda().eval()
+    model = config.configure_model(tokenizer=None, pre_process=first, post_process=last)
+    if checkpoint.senses:
+        from nemo_ext.multimodal.model import attach
+
+        attach(model, checkpoint.senses)
+    model = model.cuda().eval()
     wanted = {"state_dict": model.sharded_state_dict(prefix="module.")}
     try:
         loaded = dist_checkpointing.load(wanted, str(checkpoint.weights))["state_dict"]
@@ -195,6 +208,7 @@ def _parallel_state(layout: Layout) -> Iterator[None]:
 def _stage_traces(
     checkpoint: nemo_folder.NemoCheckpoint,
     prompts: Sequence[torch.Tensor],
+    media: Sequence[Media | None],
     dtype: torch.dtype,
     round_to: torch.dtype | None,
     layers: bool,
@@ -224,8 +238,9 @@ def _stage_traces(
     found = []
     try:
         with torch.inference_mode():
-            for ids in prompts:
+            for ids, given in zip(prompts, media, strict=True):
                 s = len(ids)
+                more = given.for_megatron("cuda", dtype) if given and first else {}
                 positions = torch.arange(s, device="cuda")[None]
                 mask = torch.ones(s, s, dtype=torch.bool, device="cuda").triu(1)[None, None]  # True: not attended
                 if not first:
@@ -234,7 +249,7 @@ def _stage_traces(
                     model.set_input_tensor(received)
                 trace: Trace = {}
                 with recording(hooks, trace):
-                    output = model(ids[None].cuda(), positions, mask)
+                    output = model(ids[None].cuda(), positions, mask, **more)
                 if last:  # [1, s, padded vocabulary / tp]
                     logits = tensor_parallel.gather_from_tensor_model_parallel_region(output.contiguous())
                     trace[LOGITS] = Activation("output_layer", logits[0, :, : a.vocab_size].float().cpu())
@@ -251,7 +266,7 @@ def _stage_traces(
 def _hooks(model: GPTModel) -> list[tuple[str, str, torch.nn.Module, Callable]]:
     """Where the points of a trace are in this stage of Megatron's GPTModel. A layer's fused norms read the residual stream too:
     `pre_mlp_layernorm` is the identity there."""
-    hooks = []
+    hooks = sense_hooks(model)
     for layer in model.decoder.layers:
         i = layer.layer_number - 1
         name = f"decoder.layers.{i}"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from conversion.checkpoint import Checkpoint
+from conversion.compare import media
+from conversion.compare.media import Media
 from nemo_ext.errors import UserError
 
 TEXTS = (
@@ -26,10 +28,11 @@ LONGEST_WINDOW = 1024  # a longer one would need more memory for attention than 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids `[s]` and how people know them."""
+    """Token ids `[s]`, what the model sees or hears with them, and how people know them."""
 
     label: str
     ids: torch.Tensor
+    media: Media | None = None  # that stands at the placeholders among the ids
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def choose(a: Checkpoint, b: Checkpoint, file: Path | None, max_tokens: int) -> 
     """The prompts for two checkpoints: the lines of `file`, the default texts, or random ids; at most `max_tokens` tokens each.
 
     Where both have a tokenizer, ids, special tokens and chat template of the two are compared. A sliding window up to
-    `LONGEST_WINDOW` gets a prompt longer than it. Raises UserError for a file that cannot be read or is empty, or texts without
-    a tokenizer.
+    `LONGEST_WINDOW` gets a prompt longer than it, and a sense one with random inputs. Raises UserError for a file that cannot be
+    read or is empty, or texts without a tokenizer.
     """
     texts = _read(file) if file else list(TEXTS)
     vocabulary, longest = min(a.vocab_size, b.vocab_size), min(max_tokens, a.max_positions, b.max_positions)
@@ -76,6 +79,10 @@ def choose(a: Checkpoint, b: Checkpoint, file: Path | None, max_tokens: int) -> 
                 prompts.append(_random(len(prompts), enough, vocabulary))
             else:
                 notes.append(f"the sliding window of {window} tokens is longer than every prompt: its edge was not compared")
+    if (senses := a.senses or b.senses) and a.senses == b.senses:
+        prompts.append(Prompt(*media.prompt(senses, vocabulary)))
+    elif senses:
+        failure = failure or "only one has senses, or they are described differently: compared as text models"
     return Prompts(prompts, said, failure, tuple(notes))
 
 

@@ -11,6 +11,8 @@ import torch
 
 from conversion import families, safetensors_io
 from conversion.checkpoint import Checkpoint
+from conversion.multimodal import rows
+from conversion.multimodal.rows import with_senses
 from conversion.nemo_to_hf import Piece, pieces_of
 from nemo_ext.errors import UserError
 
@@ -80,6 +82,8 @@ def hf_tensors(checkpoint: Checkpoint) -> Mapping[str, LazyTensor]:
         family = families.family_of(checkpoint.config)
     except UserError:  # two folders of a family without a table still have names to compare
         return stored
+    senses = checkpoint.senses
+    family = with_senses(family, checkpoint.architecture, senses, stored)
     prefix = families.base_prefix(family, stored)
     canonical = {families.hf_name(name, prefix): name for name in ("model.embed_tokens.weight", "lm_head.weight")}
     tensors = {}
@@ -87,6 +91,7 @@ def hf_tensors(checkpoint: Checkpoint) -> Mapping[str, LazyTensor]:
         if any(part in name for part in family.ignored):
             continue
         named = canonical.get(name, f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name)
+        named = rows.canonical(named) if senses else named
         tensors[named] = info
     if checkpoint.architecture.share_embeddings_and_output_weights and "lm_head.weight" in tensors:
         if torch.equal(tensors["lm_head.weight"].read(), tensors["model.embed_tokens.weight"].read()):
@@ -140,7 +145,7 @@ class _Lazy:
 def _nemo_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     a, tensors = checkpoint.architecture, {}
     read_once = functools.lru_cache(maxsize=1)(lambda piece: piece.read(a))  # the parts of a fused tensor follow each other
-    for piece in pieces_of(families.FAMILIES[a.family], a, checkpoint.nemo, {}):
+    for piece in pieces_of(with_senses(families.FAMILIES[a.family], a, checkpoint.senses), a, checkpoint.nemo, {}):
         for name, shape in piece.shapes(a).items():
             tensors[name] = _Lazy(shape, piece.saved.dtype, functools.partial(_part, read_once, piece, name))
     return tensors

@@ -12,7 +12,8 @@ from conversion.families.mixtral import MIXTRAL
 from conversion.families.phi import PHI, PHI3
 from conversion.families.qwen import QWEN2, QWEN3
 from conversion.families.stablelm import STABLELM
-from conversion.families.table import Config, Family, Row, shape
+from conversion.families.table import WRAPPED, Config, Family, Row, shape
+from conversion.multimodal import language_model, refusal
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 
@@ -25,8 +26,10 @@ _DEFAULTS = {"tie_word_embeddings": False, "initializer_range": 0.02, "rms_norm_
 
 
 def family_of(hf_config: Config) -> Family:
-    """The family of a Hugging Face configuration; UserError listing the known ones."""
-    model_type = hf_config.get("model_type")
+    """The family of a Hugging Face configuration, its language model's where it has senses; UserError listing the known ones."""
+    if reason := refusal(hf_config):
+        raise UserError(reason)
+    model_type = language_model(hf_config).get("model_type")
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
@@ -35,7 +38,7 @@ def family_of(hf_config: Config) -> Family:
 
 
 def architecture(hf_config: Config) -> Architecture:
-    """What a Hugging Face configuration describes.
+    """What a Hugging Face configuration describes; of a model with senses the language model.
 
     Raises UserError for an unknown architecture, a quantized checkpoint, or an option that NeMo's model does not have.
     """
@@ -44,7 +47,7 @@ def architecture(hf_config: Config) -> Architecture:
         raise UserError(
             f"the checkpoint is quantized ({quantization.get('quant_method', 'unknown method')}): convert the original"
         )
-    config = _text_part(family, hf_config)
+    config = _text_part(family, language_model(hf_config))
     try:
         heads = config["num_attention_heads"]
         return Architecture(
@@ -110,11 +113,14 @@ def hf_config(
 def base_prefix(family: Family, names: Iterable[str]) -> str:
     """What stands for "model." in a checkpoint with these tensor names."""
     present = set(names)
-    return next((p for p in family.prefixes if f"{p}embed_tokens.weight" in present), family.prefixes[0])
+    prefixes = (*family.prefixes, *WRAPPED)
+    return next((p for p in prefixes if f"{p}embed_tokens.weight" in present), family.prefixes[0])
 
 
 def hf_name(canonical: str, prefix: str) -> str:
-    """The checkpoint's own name of a row's tensor: "model.x" -> prefix + "x", and lm_head beside the wrapped model."""
+    """The checkpoint's own name of a row's tensor: "model.x" -> prefix + "x", and lm_head and senses beside the wrapped model."""
     if canonical.startswith("model."):
         return prefix + canonical.removeprefix("model.")
-    return prefix.removesuffix("model.") + canonical if prefix == "language_model.model." else canonical
+    if canonical.startswith("lm_head."):
+        return prefix.removesuffix("model.") + canonical if prefix == "language_model.model." else canonical
+    return f"model.{canonical}" if prefix == "model.language_model." else canonical  # a sense's

@@ -16,13 +16,14 @@ from conversion.layout import PLAIN, Layout
 from nemo_ext.architecture import Architecture
 
 Config = Mapping[str, Any]  # a Hugging Face config.json, or its text part
+WRAPPED = ("language_model.model.", "model.language_model.")  # what stands for "model." of a language model among other parts
 
 
 @dataclass(frozen=True)
 class Row:
-    """`hf` names and their shapes ("q h": rows by columns, see `shape`) <-> one `megatron` name."""
+    """`hf` names and their shapes ("q h": rows by columns, see `shape`, or numbers) <-> one `megatron` name."""
 
-    hf: Mapping[str, str]
+    hf: Mapping[str, str | tuple[int, ...]]
     megatron: str
     layout: Layout = PLAIN
     when: Callable[[Architecture], bool] = lambda architecture: True
@@ -45,8 +46,10 @@ class Row:
         return re.sub(r"\.\{[ieqk]\}", "", self.megatron)
 
 
-def shape(symbols: str, a: Architecture) -> tuple[int, ...]:
-    """The shape behind a row's symbols, such as "q h" -> (query width, hidden size)."""
+def shape(symbols: str | tuple[int, ...], a: Architecture) -> tuple[int, ...]:
+    """The shape behind a row's symbols, such as "q h" -> (query width, hidden size); numbers are one already."""
+    if not isinstance(symbols, str):
+        return symbols
     sizes = {
         "h": a.hidden_size, "ffn": a.ffn_hidden_size, "2ffn": 2 * a.ffn_hidden_size, "vocab": a.vocab_size,
         "q": a.attention_width, "kv": a.kv_width, "qkv": a.attention_width + 2 * a.kv_width, "d": a.kv_channels,

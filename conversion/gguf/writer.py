@@ -33,6 +33,7 @@ from conversion import families, hf_to_nemo, safetensors_io
 from conversion.gguf import file as gguf_file
 from conversion.gguf import vocabulary as gguf_vocabulary
 from conversion.gguf.architectures import rope_tensors, write_metadata
+from conversion.multimodal import senses_of
 from nemo_ext.architecture import Architecture
 from nemo_ext.disk import sync
 from nemo_ext.errors import RunError, UserError, free_bytes, is_full
@@ -122,6 +123,8 @@ def _plan(hf_dir: Path, kind: str) -> tuple[Architecture, dict[str, _Tensor]]:
         raise UserError(f"kind={kind} is not one of {', '.join(KINDS)}")
     config = hf_to_nemo.read_config(hf_dir)
     model, family = families.architecture(config), families.family_of(config)
+    if senses_of(config):
+        raise UserError(f"{hf_dir} sees or hears: a GGUF file holds a text model alone")
     table, _ = write_metadata(model)
     source = safetensors_io.open_folder(hf_dir)
     prefix = families.base_prefix(family, source)

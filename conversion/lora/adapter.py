@@ -23,6 +23,7 @@ import torch
 
 from conversion import families, safetensors_io
 from conversion.families import Family
+from conversion.families.table import WRAPPED
 from conversion.safetensors_io import TensorInfo
 from conversion.workers import Progress
 from nemo_ext.adapters import spectrum
@@ -181,7 +182,7 @@ def write(
 
 def canonical(family: Family, name: str) -> tuple[str, str]:
     """A module's or tensor's name as the family's rows say it, and what stood there for "model."; "" where nothing did."""
-    for prefix in sorted(family.prefixes, key=len, reverse=True):
+    for prefix in sorted({*family.prefixes, *WRAPPED}, key=len, reverse=True):
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix), prefix
     return name, ""
@@ -221,10 +222,12 @@ def scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
 def tensor_name(family_or_none: Family | None, names: Mapping[str, Any], name: str) -> str | None:
     """Which of a checkpoint's tensor `names` is the model's parameter `name`; None if none is.
 
-    transformers saves some models under other names than their modules have (Gemma 3 with a vision part).
+    transformers saves some models under other names than their modules have (Gemma 3 with a vision part, LLaVA).
     """
     if name in names or family_or_none is None:
         return name if name in names else None
+    if (beside := name.removeprefix("model.")) in names:  # the language model: a tower, a projector
+        return beside
     stored = families.hf_name(canonical(family_or_none, name)[0], families.base_prefix(family_or_none, names))
     return stored if stored in names else None
 

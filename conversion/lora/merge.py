@@ -26,6 +26,7 @@ from conversion.dtypes import DTYPES, cast, parse
 from conversion.hf_to_nemo import read_config
 from conversion.lora import adapter as lora
 from conversion.lora.adapter import Adapter, Spectrum, Update
+from conversion.multimodal.configuration import CLASSES, OWN_TYPE, language_model
 from conversion.safetensors_io import INDEX, TensorInfo
 from conversion.workers import Progress
 from nemo_ext.errors import RunError, UserError
@@ -83,7 +84,7 @@ def merge(
         losses = _write_shards(unfinished, source, changes, stored, progress)
         _copy_rest(base, folder, config, dtype, sum(math.prod(i.shape) * stored[n].itemsize for n, i in source.items()))
         merged = Merged(Path(out_hf_dir), len(changes), max(losses))
-        if measure:
+        if measure and config.get("model_type") != OWN_TYPE:  # which has no model in transformers
             difference, effect = _measure(base, adapter.folder, folder, config)
             exact = all(stored[name] == torch.float32 for name in changes)
             if not math.isfinite(difference.max_abs) or (exact and difference.relative > FP32_LIMIT):
@@ -158,12 +159,14 @@ def _changes(
 
 
 def _known(config: Mapping[str, Any]) -> bool:
-    return any(config.get("model_type") in family.model_types for family in families.FAMILIES.values())
+    kind = language_model(config).get("model_type")
+    return any(kind in family.model_types for family in families.FAMILIES.values())
 
 
 def _tied(config: Mapping[str, Any], source: Mapping[str, TensorInfo]) -> bool:
     """Whether embedding and output are one tensor: by the configuration, else by the lack of an output."""
-    parts = (config, config.get("text_config") or {})
+    text = language_model(config)
+    parts = (config, config.get("text_config") or {}) if text is config else (text,)
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     return bool(said[0]) if said else not any(name.endswith("lm_head.weight") for name in source)
 
@@ -259,14 +262,15 @@ def _measure(base: Path, adapter: Path, merged: Path, config: Mapping[str, Any])
     from nemo_ext import platform
 
     platform.activate()
+    import transformers
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     vocabulary = (config.get("text_config") or config).get("vocab_size") or 256
+    loader = getattr(transformers, CLASSES.get(config.get("model_type"), "AutoModelForCausalLM"))
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        return loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following rank_pattern keys")  # said of every AdaLoRA adapter, and used

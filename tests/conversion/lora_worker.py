@@ -1,19 +1,15 @@
-"""One of two processes of test_lora_nemo: `python lora_worker.py RANK FOLDER`.
-
-FOLDER/cases.json lists [name, NeMo base, NeMo adapter, sequence parallel]; writes FOLDER/NAME.pt, tensor-parallel logits
-`[b, s, vocab]`, and saves the adapter again from two ranks as FOLDER/NAME-saved.
-"""
+"""What each of the two processes of test_lora_nemo does."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 
-def main(rank: int, folder: Path) -> None:
-    from nemo_ext import platform
+def main(folder: Path) -> None:
+    """Load the adapters of `folder`/cases.json, a list of [name, NeMo base, NeMo adapter, sequence parallel].
 
-    platform.activate()
+    Writes NAME.pt, tensor-parallel logits `[b, s, vocab]`, and saves the adapter again from two ranks as NAME-saved.
+    """
     import lora_adapters
     import torch
     import torch.distributed as dist
@@ -24,7 +20,7 @@ def main(rank: int, folder: Path) -> None:
     from conversion.lora import nemo as lora_nemo
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     b, s = lora_adapters.TOKENS.shape
@@ -43,10 +39,6 @@ def main(rank: int, folder: Path) -> None:
         saved = folder / f"{name}-saved" / "weights"
         saved.mkdir(parents=True, exist_ok=True)
         dist_checkpointing.save({"state_dict": state}, str(saved))
-        if rank == 0:
+        if dist.get_rank() == 0:
             torch.save(torch.cat(parts, dim=-1)[..., : checkpoint.architecture.vocab_size], folder / f"{name}.pt")
     dist.barrier()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

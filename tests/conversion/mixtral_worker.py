@@ -1,11 +1,6 @@
-"""One of two processes of test_mixtral: `python mixtral_worker.py RANK FOLDER`, with FOLDER/nemo a converted Mixtral.
-
-Writes FOLDER/LAYOUT-rankN.pt for each of LAYOUTS: the logits `[b, s, vocab]` that the process sees, padding included, and its
-parameters.
-"""
+"""What each of the two processes of test_mixtral does, and parts of it that one process does."""
 
 import os
-import sys
 from pathlib import Path
 
 SEQ = 32
@@ -22,10 +17,11 @@ def tokens():
     return torch.randint(250, (2, SEQ), generator=torch.Generator().manual_seed(0))
 
 
-def main(rank: int, folder: Path) -> None:
-    from nemo_ext import platform
+def main(folder: Path) -> None:
+    """Load `folder`/nemo, a converted Mixtral, in each of LAYOUTS.
 
-    platform.activate()
+    Writes LAYOUT-rankN.pt: the logits `[b, s, vocab]` that the process sees, padding included, and its parameters.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
@@ -34,7 +30,8 @@ def main(rank: int, folder: Path) -> None:
     from conversion.compare import megatron
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     checkpoint = nemo_folder.find(folder / "nemo")
     for name, sizes in LAYOUTS.items():
         for variable in megatron.ATTENTION_VARIABLES:
@@ -87,7 +84,3 @@ def own_layers(model, rank: int):
     torch.distributed.recv(hidden, src=0)
     model.set_input_tensor(hidden)
     return run(model, tokens())
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,19 +1,13 @@
-"""One of two processes that save a model as Megatron does: `python save_worker.py RANK FOLDER NAME...`.
-
-Loads FOLDER/NAME/nemo and writes FOLDER/NAME/tp2 and FOLDER/NAME/pp2, with a moment of an optimizer beside every weight.
-"""
+"""What each of two processes does that save a model as Megatron does."""
 
 import dataclasses
 import os
 import shutil
-import sys
 from pathlib import Path
 
 
-def main(rank: int, folder: Path, names: list[str]) -> None:
-    from nemo_ext import platform
-
-    platform.activate()
+def main(folder: Path, names: list[str]) -> None:
+    """Load `folder`/NAME/nemo and write `folder`/NAME/tp2 and NAME/pp2, with a moment of an optimizer beside every weight."""
     import torch
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -24,7 +18,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     from conversion.compare import megatron
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     for name in names:
         nemo = nemo_folder.find(folder / name / "nemo")
         for kind, size in (("tp2", "tensor_model_parallel_size"), ("pp2", "pipeline_model_parallel_size")):
@@ -34,7 +28,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             tensor_parallel.model_parallel_cuda_manual_seed(1)
             model = megatron.load_megatron(nemo, 16, pipeline_dtype=torch.float32, **{size: 2})
             out = folder / name / kind
-            if rank == 0:
+            if dist.get_rank() == 0:
                 shutil.copytree(nemo.folder, out, ignore=shutil.ignore_patterns("weights"))
                 (out / "weights").mkdir()
             dist.barrier()
@@ -51,7 +45,3 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             moments = {key: value for key, value in moments.items() if value is not None}
             dist_checkpointing.save({"state": state, "optimizer": moments}, str(out / "weights"))
             parallel_state.destroy_model_parallel()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

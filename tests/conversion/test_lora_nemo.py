@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import lora_adapters
+import lora_worker
 import pytest
 import tiny_models
 import torch
+from nemo_processes import run_group
 from safetensors.torch import load_file, save_file
 
 from conversion import dist_checkpoint, hf_to_nemo, nemo_folder
@@ -286,11 +284,7 @@ def test_two_tensor_parallel_ranks(bases, tmp_path):
         adapter = lora_to_nemo.convert(tmp_path / name / "peft", hf, tmp_path / name / "nemo", kind)
         cases.append((name, str(nemo), str(adapter), sequence_parallel))
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("lora_worker.py"))]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    run_group(2, lora_worker.main, tmp_path, log=tmp_path / "two.log")
     for name, logits in adapted.items():
         found = torch.load(tmp_path / f"{name}.pt")
         assert (found - logits).abs().max() < 1e-5 * max(logits.abs().max(), 1.0), name

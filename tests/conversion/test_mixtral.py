@@ -1,9 +1,6 @@
 """Mixtral: routing, gradients and checkpoints as Hugging Face has them, at one process and at EP 2, TP 2 and PP 2."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mixtral_worker
@@ -11,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed.checkpoint as dcp
+from nemo_processes import run_group
 from safetensors.torch import load_file, save_file
 
 from conversion import families, hf_to_nemo, nemo_folder, nemo_to_hf
@@ -40,18 +38,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder) -> dict[str, list]:
     """{layout: [(logits, parameters) of each of two processes]}."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, mixtral_worker.__file__]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=180)[0].decode()[-3000:] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_group(2, mixtral_worker.main, folder, log=folder / "two.log")
     return {name: [torch.load(folder / f"{name}-rank{rank}.pt") for rank in range(2)] for name in mixtral_worker.LAYOUTS}
 
 

@@ -2,22 +2,19 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import save_worker
 import tiny_models
 import torch
+from nemo_processes import run_group
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conversion import dist_checkpoint, families, hf_to_nemo, nemo_folder, nemo_to_hf, safetensors_io
-from conversion.compare import megatron
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
@@ -172,18 +169,7 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     for name in SAVED:
         hf_to_nemo.convert(tiny_models.save(name, folder / name / "hf"), folder / name / "nemo")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    for variable in megatron.ATTENTION_VARIABLES:
-        environment.pop(variable, None)
-    command = [sys.executable, save_worker.__file__]
-    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    workers = [subprocess.Popen([*command, str(rank), str(folder), *SAVED], **options) for rank in range(2)]
-    try:
-        outputs = [worker.communicate(timeout=180)[0].decode()[-3000:] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_group(2, save_worker.main, folder, SAVED, log=folder / "two.log")
     return folder
 
 

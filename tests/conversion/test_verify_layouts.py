@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import tiny_multimodal
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,8 @@ def converted(tmp_path_factory):
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            hf = tiny_models.save(name, folder / "hf")
+            models = tiny_multimodal if name in tiny_multimodal.NAMES else tiny_models
+            hf = models.save(name, folder / "hf")
             made[name] = hf, hf_to_nemo.convert(hf, folder / "nemo")
         return made[name]
 
@@ -51,6 +53,13 @@ def test_layouts(converted, processes, name, layout, said):
     assert report.layout == said and len(report.prompts) == 3
     for prompt in report.prompts:
         assert prompt.difference.max_abs < 1e-5 and prompt.difference.largest_logit > 0.5
+
+
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2)])
+def test_a_tower_is_on_the_first_stage_and_whole_on_every_rank(converted, processes, layout):
+    report = verify.check(*converted("llava_siglip_qwen2"), **layout, processes=processes)
+    assert report.passed and "2 random images" in report.prompts[-1].label
+    assert report.prompts[-1].difference.max_abs < 1e-5
 
 
 def test_bf16_through_a_pipeline(converted, processes):
