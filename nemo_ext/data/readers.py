@@ -323,4 +323,18 @@ def load_dataset(source: Source):
         if "train" not in loaded:
             raise UserError(f'data={source.name}: no split "train": there are {", ".join(loaded)}')
         loaded = loaded["train"]
+    for name, feature in loaded.features.items():
+        if (undecoded := _undecoded(feature)) is not feature:
+            loaded = loaded.cast_column(name, undecoded)
     return loaded
+
+
+def _undecoded(feature):
+    """A feature whose images and sounds stay the bytes or paths that they are; the same one where it has none."""
+    import datasets
+
+    if isinstance(feature, (datasets.Image, datasets.Audio)):
+        return type(feature)(decode=False)
+    if isinstance(feature, datasets.Sequence) and (inner := _undecoded(feature.feature)) is not feature.feature:
+        return datasets.Sequence(inner, feature.length)
+    return feature

@@ -18,17 +18,21 @@ SUFFIXES = {
     "array": (".json",),
     "table": (".csv", ".tsv"),
     "parquet": (".parquet",),
+    "shard": (".tar",),
 }
 COMPRESSIONS = (".gz", ".zst")
 DOCUMENTS = ("text", "lines", "parquet")  # kinds of files that hold texts
 RECORDS = ("lines", "array", "table", "parquet")  # kinds of files that hold records of several fields
+MEDIA = (*RECORDS, "shard")  # and files that hold media beside records
 PROBLEMS = (*RECORDS, "reasoning-gym")  # records, or generated problems
 KNOWN = {
     DOCUMENTS: "text (.txt .md .rst), .jsonl (these also .gz or .zst) or .parquet",
     RECORDS: ".jsonl, .json, .csv or .tsv (these also .gz or .zst) or .parquet",
+    MEDIA: ".jsonl, .json, .csv or .tsv (these also .gz or .zst), .parquet or .tar",
     PROBLEMS: ".jsonl, .json, .csv or .tsv (these also .gz or .zst) or .parquet",
 }
 
+_GLYPHS = re.compile(r"glyphs(:\d+)?")  # with a number of classes
 _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
@@ -41,7 +45,7 @@ class Source:
     """
 
     name: str
-    kind: Literal["files", "dataset", "hub", "python-docs", "reasoning-gym"]
+    kind: Literal["files", "dataset", "hub", "python-docs", "reasoning-gym", "glyphs"]
     weight: float | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     chosen: bool = False
@@ -52,7 +56,8 @@ def parse(data: str | Mapping | Iterable, kinds: tuple[str, ...] = DOCUMENTS) ->
 
     Without weights, sources are blended in proportion to their tokens. With weights, all must carry one; they are relative and
     need not add up to one. A name ending in ":number" that exists on disk as written is a name, not a weight.
-    `kinds` are what to read: DOCUMENTS, RECORDS, or PROBLEMS, among which reasoning-gym:TASK:setting=value is one.
+    `kinds` are what to read: DOCUMENTS, RECORDS, MEDIA, among which glyphs and glyphs:CLASSES are, or PROBLEMS, among which
+    reasoning-gym:TASK:setting=value is one.
     Raises UserError where a source does not exist, matches nothing, or is of an unknown type, and for weights that are not
     positive or not on all sources.
     """
@@ -73,7 +78,7 @@ def file_kind(path: Path, kinds: tuple[str, ...] = DOCUMENTS) -> str | None:
     if compressed:
         suffixes.pop()
     kind = next((kind for kind in kinds if suffixes and suffixes[-1] in SUFFIXES.get(kind, ())), None)
-    return None if compressed and kind == "parquet" else kind
+    return None if compressed and kind in ("parquet", "shard") else kind
 
 
 def _items(data: str | Mapping | Iterable) -> list[tuple[str, float | None]]:
@@ -93,7 +98,7 @@ def _items(data: str | Mapping | Iterable) -> list[tuple[str, float | None]]:
 
 def _split_weight(text: str) -> tuple[str, float | None]:
     match = _WEIGHTED.fullmatch(text)
-    if match is None or os.path.exists(text):
+    if match is None or os.path.exists(text) or _GLYPHS.fullmatch(text):
         return text, None
     return match[1], _weight(match[1], match[2])
 
@@ -111,6 +116,8 @@ def _weight(name: str, value: object) -> float:
 def _resolve(name: str, weight: float | None, kinds: tuple[str, ...]) -> Source:
     if name == "python-docs":
         return Source(name, "python-docs", weight)
+    if _GLYPHS.fullmatch(name) and "shard" in kinds:
+        return Source(name, "glyphs", weight)
     if name.startswith("hf:"):
         if not name[3:].strip(":"):
             raise UserError("data=hf: needs a name, as in hf:wikitext:wikitext-2-raw-v1")

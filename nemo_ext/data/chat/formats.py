@@ -64,6 +64,13 @@ class Conversation:
         turns = [[m.role, m.content, m.reasoning, m.calls, m.name] for m in self.messages]
         return json.dumps([turns, self.tools], sort_keys=True, ensure_ascii=False)
 
+    def features(self) -> dict[str, int]:
+        """What is counted of it."""
+        return {
+            "with tools": int(bool(self.tools or any(m.calls for m in self.messages))),
+            "with reasoning": int(any(m.reasoning for m in self.messages)),
+        }
+
 
 def detect(record: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> str | None:
     """The name of a record's format, None where it is none that is known."""

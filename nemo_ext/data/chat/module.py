@@ -46,6 +46,8 @@ class ChatDataModule(CorpusDataModule):
     (True: not seen), or cu_seqlens int32 [1, documents + 2] (ends in -1), cu_seqlens_argmin and max_seqlen [1, 1].
     """
 
+    samples = Samples
+
     def __init__(
         self,
         blend: list,
@@ -92,16 +94,19 @@ class ChatDataModule(CorpusDataModule):
         if self.thd and parallel_state.model_parallel_is_initialized() and parallel_state.get_context_parallel_world_size() > 1:
             raise UserError("cp=: packed conversations cannot be split over context parallel ranks: cp=1, or pack=false")
         eod = self.tokenizer.eod if hasattr(self.tokenizer, "eod") else self.tokenizer.eos_id
-        training = [Samples(train) for _, train, _ in self.blend]
+        training = [self.samples(train) for _, train, _ in self.blend]
         unit = math.gcd(*(samples.unit for samples in training))
-        rows = RowBuilder(self.seq_length, eod, unit, "cu_seqlens" if self.thd else "mask" if self.pack else "none")
+        rows = self._rows(eod, unit, "cu_seqlens" if self.thd else "mask" if self.pack else "none")
         if self._heldout is None and self.has_heldout:
-            held = [Samples(heldout) for _, _, heldout in self.blend if heldout]
+            held = [self.samples(heldout) for _, _, heldout in self.blend if heldout]
             self._heldout = HeldoutRows(held, rows, self.pack, self.global_batch_size, self.val_batches, self.seed)
         if stage in ("", "fit") and self._train is None:
             weights = [weight for weight, _, _ in self.blend]
             count = self.trainer.max_steps * self.global_batch_size
             self._train = TrainingRows(training, weights, rows, self.pack, count, self.seed)
+
+    def _rows(self, eod: int, unit: int, attention: str) -> RowBuilder:
+        return RowBuilder(self.seq_length, eod, unit, attention)
 
 
 class RowBuilder:
@@ -123,7 +128,7 @@ class RowBuilder:
         tokens, labels = np.full(s, self.eod, np.int64), np.full(s, self.eod, np.int64)
         mask, positions = np.zeros(s, np.float32), np.zeros(s, np.int64)
         ends = [0]
-        for ids, weights in documents:
+        for ids, weights, *_ in documents:
             start, end = ends[-1], ends[-1] + len(ids) - 1
             tokens[start:end], labels[start:end] = ids[:-1], ids[1:]
             positions[start:end] = np.arange(end - start)
@@ -146,7 +151,7 @@ class RowBuilder:
 
     def weight(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
         """The sum of the loss mask of a row of these documents."""
-        return sum(int((weights[1:] // self.unit).sum(dtype=np.int64)) for _, weights in documents)
+        return sum(int((weights[1:] // self.unit).sum(dtype=np.int64)) for _, weights, *_ in documents)
 
 
 class _Source:

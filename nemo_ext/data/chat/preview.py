@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_ext.data.chat import records
-from nemo_ext.data.chat.formats import Conversation, parse
+from nemo_ext.data.chat.formats import Conversation
+from nemo_ext.data.chat.records import Reader
 from nemo_ext.data.chat.render import UNIT, Renderer, Sample, Settings
 from nemo_ext.data.sources import Source
 from nemo_ext.errors import UserError
@@ -59,27 +60,34 @@ def examples(
     count: int = 1,
 ) -> Iterator[Example]:
     """The first `count` conversations of each source, rendered. Raises UserError as `store.prepare` does."""
-    renderer = Renderer(tokenizer_dir, settings)
+    yield from examples_with(Reader(dict(columns or {})), Renderer(tokenizer_dir, settings), sources, count)
+
+
+def examples_with(reader: Reader, renderer: Renderer, sources: Iterable[Source], count: int = 1) -> Iterator[Example]:
+    """`examples` with another reader and renderer than those of texts."""
     for source in sources:
         found = 0
-        for place, record in (pair for block in records.plan(source) for pair in records.records(block)):
-            conversation = parse(record, place, columns)
-            try:
-                result = renderer.render(conversation)
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from None
-            yield Example(source.name, str(place), conversation, result.samples, result.dropped, renderer.name)
-            found += 1
-            if found == count:
-                break
+        with tempfile.TemporaryDirectory() as folder:
+            inline = Path(folder) / "inline.bin"
+            for place, parsed in (pair for block in reader.plan(source) for pair in reader.conversations(block, inline)):
+                conversation = parsed()
+                try:
+                    result = renderer.render(conversation)
+                except UserError as error:
+                    raise UserError(f"{place}: {error}") from None
+                yield Example(source.name, str(place), conversation, result.samples, result.dropped, renderer.name)
+                found += 1
+                if found == count:
+                    break
         if not found:
             raise UserError(f"data={source.name}: no conversations in it")
 
 
-def coloured(example: Example, renderer_tokenizer) -> Text:
+def coloured(example: Example, renderer_tokenizer, once: Collection[int] = ()) -> Text:
     """The title and the text of all samples: trained tokens green, those of a weight below one yellow, the others plain.
 
-    The pieces are the tokens themselves, decoded, so that what is coloured is what is trained.
+    The pieces are the tokens themselves, decoded, so that what is coloured is what is trained. Repetitions of tokens in `once`
+    (placeholders) are left out.
     """
     from rich.text import Text
 
@@ -87,7 +95,7 @@ def coloured(example: Example, renderer_tokenizer) -> Text:
     for number, sample in enumerate(example.samples, 1):
         if len(example.samples) > 1:
             result.append(f"-- sample {number} of {len(example.samples)}\n", style="bold")
-        for ids, weight in _runs(sample):
+        for ids, weight in _runs(sample, once):
             style = "dim" if weight == 0 else TRAINED if weight >= UNIT else PARTLY
             result.append(renderer_tokenizer.decode(ids, skip_special_tokens=False), style=style)
         result.append("\n")
@@ -103,16 +111,24 @@ def show(
     console=None,
 ) -> None:
     """Print the first `count` conversations of each source to a rich console (standard output by default)."""
+    show_with(Reader(dict(columns or {})), Renderer(tokenizer_dir, settings), sources, count, console)
+
+
+def show_with(
+    reader: Reader, renderer: Renderer, sources: Iterable[Source], count: int = 1, console=None, once: Collection[int] = ()
+) -> None:
+    """`show` with another reader and renderer than those of texts; `once` as in `coloured`."""
     from rich.console import Console
 
     console = console or Console()
-    tokenizer = Renderer(tokenizer_dir, settings).tokenizer
-    for example in examples(sources, tokenizer_dir, settings, columns, count):
-        console.print(coloured(example, tokenizer))
+    for example in examples_with(reader, renderer, sources, count):
+        console.print(coloured(example, renderer.tokenizer, once))
 
 
-def _runs(sample: Sample) -> Iterator[tuple[list[int], int]]:
+def _runs(sample: Sample, once: Collection[int]) -> Iterator[tuple[list[int], int]]:
     """Neighbouring tokens of one weight."""
-    edges = np.flatnonzero(np.diff(sample.weights.astype(np.int64))) + 1
-    for part in np.split(np.arange(len(sample.ids)), edges):
-        yield sample.ids[part].tolist(), int(sample.weights[part[0]])
+    again = np.isin(sample.ids, list(once)) & (sample.ids == np.roll(sample.ids, 1))
+    ids, weights = sample.ids[~again], sample.weights[~again]
+    edges = np.flatnonzero(np.diff(weights.astype(np.int64))) + 1
+    for part in np.split(np.arange(len(ids)), edges):
+        yield ids[part].tolist(), int(weights[part[0]])

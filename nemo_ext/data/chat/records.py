@@ -6,12 +6,13 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_ext.data import readers
+from nemo_ext.data.chat.formats import Conversation, check_columns, parse
 from nemo_ext.data.readers import BLOCK_ROWS, Block
 from nemo_ext.data.sources import RECORDS, Source, file_kind
 from nemo_ext.errors import UserError
@@ -32,6 +33,34 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.name}, {self.what} {self.first() + self.number}"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """From sources to conversations; pickled to worker processes. `columns` names fields of unusual records (`formats.parse`).
+
+    Sources of fewer than `in_process` bytes are not worth starting processes for.
+    """
+
+    in_process: ClassVar[int] = 4 << 20
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_columns(self.columns)
+
+    def key(self, source: Source) -> list[Any]:
+        """What decides the conversations beside the files' content."""
+        return [sorted(self.columns.items())]
+
+    def plan(self, source: Source) -> Iterator[Block]:
+        return plan(source)
+
+    def conversations(self, block: Block, inline: Path) -> Iterator[tuple[Place, Callable[[], Conversation]]]:
+        """The place of each conversation of a block, and what parses it, raising UserError for a bad one. `inline` is a file for
+        what a record holds and samples refer to; conversations of text need none."""
+        for place, record in records(block):
+            yield place, lambda place=place, record=record: parse(record, place, self.columns)
 
 
 def plan(source: Source) -> Iterator[Block]:

@@ -59,11 +59,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to train on. `ids`, and of the same length `weights` in hundredths: what the loss on each token counts."""
+    """One sequence to train on. `ids`, and of the same length `weights` in hundredths: what the loss on each token counts.
+    `extra` is what else belongs to it, as stored."""
 
     text: str
     ids: np.ndarray  # int64 [tokens]
     weights: np.ndarray  # uint16 [tokens]
+    extra: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Rendered:
 
 class Renderer:
     """Renders conversations with the tokenizer of a folder. Pickled to worker processes without the tokenizer."""
+
+    extras = False  # whether samples have an `extra`
 
     def __init__(self, folder: str | Path, settings: Settings) -> None:
         self.folder = Path(folder)
@@ -250,10 +254,10 @@ class Renderer:
 
         def tokenised(group: list[int]) -> tuple:
             text, marked = self._render(conversation, conversation.messages[: group[-1] + 1])
-            return text, marked, self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            return text, marked, *self._encode(conversation, text)
 
         whole = tokenised(group)
-        if len(whole[-1].ids) <= limit:
+        if len(whole[-1]) <= limit:
             return self._sample(conversation, group, *whole), False
         if self.settings.overlong == "drop":
             return None, True
@@ -261,17 +265,22 @@ class Renderer:
             shorter = [[turn] for turn in turns if turn < group[-1]]
         else:
             shorter = [group[:count] for count in range(1, len(group))]
-        fitting = bisect.bisect_left(shorter, True, key=lambda each: len(tokenised(each)[-1].ids) > limit)
+        fitting = bisect.bisect_left(shorter, True, key=lambda each: len(tokenised(each)[-1]) > limit)
         if not fitting:
             return None, True
         group = shorter[fitting - 1]
         return self._sample(conversation, group, *tokenised(group)), True
 
-    def _sample(self, conversation: Conversation, group: list[int], text: str, marked: list | None, encoding: Any) -> Sample:
+    def _encode(self, conversation: Conversation, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a text that begins the conversation: ids int64 [tokens], and their characters int64 [tokens, 2]."""
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    def _sample(
+        self, conversation: Conversation, group: list[int], text: str, marked: list | None, ids: np.ndarray, offsets: np.ndarray
+    ) -> Sample:
         """The text up to the group's last turn and its tokens, with the weights of its turns."""
         messages = conversation.messages[: group[-1] + 1]
-        ids = np.array(encoding.ids, np.int64)
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         if self.settings.train_on == "all":
             weights = np.full(len(ids), UNIT, np.uint16)
             group = [k for k, message in enumerate(messages) if message.role == "assistant" and message.weight is not None]

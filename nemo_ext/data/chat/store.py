@@ -3,7 +3,8 @@
     cache_dir/<key>/train.ids, train.weights, train.starts.npy, heldout.*, chat.json      one source, finished
 
 `.ids`: the token ids of all samples one after another, uint16 or int32; `.weights`: for each of them what the loss on it counts,
-uint16, in hundredths; `.starts.npy`: int64 [samples + 1]. All are mapped into memory, not read.
+uint16, in hundredths; `.starts.npy`: int64 [samples + 1]. All are mapped into memory, not read. What else belongs to samples
+(`Sample.extra`) is in `.extra`, bytes, and `.extra.starts.npy`, int64 [samples + 1]. `unreadable.txt` names what was skipped.
 
 The key is a hash of the files' bytes, the tokenizer, the chat template, and all settings. Locks, interruptions and the split are
 those of `nemo_ext.data.corpus`: conversations with the same content land on the same side, whatever their format.
@@ -27,9 +28,8 @@ import numpy as np
 
 from nemo_ext.data import readers
 from nemo_ext.data.cache import Prepared, built, content_of, durable, writing
-from nemo_ext.data.chat import records
-from nemo_ext.data.chat.formats import check_columns, parse
-from nemo_ext.data.chat.render import UNIT, Renderer, Settings
+from nemo_ext.data.chat.records import Reader
+from nemo_ext.data.chat.render import UNIT, Renderer, Sample, Settings
 from nemo_ext.data.corpus import Progress
 from nemo_ext.data.encoder import Encoder
 from nemo_ext.data.readers import Block
@@ -38,17 +38,20 @@ from nemo_ext.data.split import SMALLEST, Split, adjust
 from nemo_ext.data.workers import spread
 from nemo_ext.errors import UserError
 
-FORMAT = 1  # part of the keys: raise it when the same input gives other files
-IN_PROCESS_BYTES = 4 << 20  # below this, starting processes costs more than it saves
+FORMAT = 2  # part of the keys: raise it when the same input gives other files
 SIDES = ("train", "heldout")
+KINDS = ("ids", "weights", "extra")
+NAMED = 3  # unreadable conversations that a report names
+UNREADABLE = "unreadable.txt"
+FEATURES = ("with tools", "with reasoning", "with images", "with sounds")
 
 
 @dataclass(frozen=True)
 class ChatSource:
     """One source, ready. Prefixes are paths without .ids, .weights and .starts.npy; `weight` is None where none was given.
 
-    `counts`: conversations read, by format ("format messages"), "with tools", "with reasoning", "split", "truncated", "overlong"
-    and "masked" (both dropped), "bad" (skipped). `documents` are samples.
+    `counts`: conversations read, by format ("format messages"), by `Conversation.features`, "split", "truncated", "overlong" and
+    "masked" (both dropped), "bad" (skipped; `unreadable` names the first of them). `documents` are samples.
     """
 
     name: str
@@ -62,6 +65,7 @@ class ChatSource:
     heldout_documents: int
     trained_tokens: int
     counts: dict[str, int]
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class ChatCorpus(Prepared):
         for source in self.sources:
             counts = source.counts
             formats = ", ".join(name.removeprefix("format ") for name in counts if name.startswith("format "))
-            extra = [name for name in ("with tools", "with reasoning") if counts.get(name)]
+            extra = [name for name in FEATURES if counts.get(name)]
             done = {
                 "split": "split as the template rewrites history",
                 "truncated": "truncated",
@@ -107,6 +111,9 @@ class ChatCorpus(Prepared):
                 f"{source.train_tokens + source.heldout_tokens:,} tokens, {share:.0%} of them trained"
             )
             lines.append("; ".join([line, *notes]))
+            lines += [f"  skipped: {each}" for each in source.unreadable]
+            if counts.get("bad", 0) > len(source.unreadable) > 0:
+                lines.append(f"  all of them: {Path(source.train_prefix).with_name(UNREADABLE)}")
         return lines
 
 
@@ -143,8 +150,8 @@ class _Job:
     """What a worker needs to know."""
 
     renderer: Renderer
+    reader: Reader
     dtype: np.dtype
-    columns: dict[str, str]
     skip_bad: bool
     split: Split
     partial: Path
@@ -170,12 +177,30 @@ def prepare(
     `workers`. `progress(done, total)` is called with bytes read. Raises UserError for what cannot be read, rendered, held out or
     stored, and where no conversation of a source is left to train on.
     """
+    reader, renderer = Reader(dict(columns or {})), Renderer(tokenizer_dir, settings)
+    return prepare_with(
+        reader, renderer, sources, cache_dir, skip_bad=skip_bad, heldout=heldout, seed=seed, workers=workers, progress=progress
+    )
+
+
+def prepare_with(
+    reader: Reader,
+    renderer: Renderer,
+    sources: Iterable[Source],
+    cache_dir: str | Path,
+    *,
+    skip_bad: bool = False,
+    heldout: float = 0.02,
+    seed: int = 1234,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> ChatCorpus:
+    """`prepare` with another reader and renderer than those of texts."""
     sources = list(sources)
-    check_columns(columns or {})
     if not 0 <= heldout < 1:
         raise UserError(f"heldout={heldout}: a share of the conversations from 0 to below 1")
     cache = Path(cache_dir).expanduser().absolute()
-    encoder, renderer = Encoder(tokenizer_dir), Renderer(tokenizer_dir, settings)
+    encoder = Encoder(renderer.folder)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         contents = [content_of(source, cache) for source in sources]
@@ -183,7 +208,7 @@ def prepare(
 
         def build(split: Split) -> list[dict]:
             metas, done = [], 0
-            job = _Job(renderer, encoder.dtype, dict(columns or {}), skip_bad, split, cache)
+            job = _Job(renderer, reader, encoder.dtype, skip_bad, split, cache)
             for source, content in zip(sources, contents, strict=True):
                 report = None if progress is None else lambda now, before=done: progress(min(before + now, total), total)
                 metas.append(_build(source, content, job, cache, workers, report))
@@ -199,7 +224,7 @@ def prepare(
 
 def _build(source: Source, content: str, job: _Job, cache: Path, workers: int, progress) -> dict:
     """The metadata of one source, from the cache or built into it."""
-    settings = [FORMAT, content, job.renderer.fingerprint, str(job.dtype), sorted(job.columns.items()), job.skip_bad]
+    settings = [FORMAT, content, job.renderer.fingerprint, str(job.dtype), *job.reader.key(source), job.skip_bad]
     meta = built(
         cache,
         [*settings, *job.split.settings],
@@ -214,8 +239,8 @@ def _build(source: Source, content: str, job: _Job, cache: Path, workers: int, p
 def _write(source: Source, job: _Job, workers: int, progress) -> dict:
     """Render all blocks into parts, join them, and return the metadata."""
     done = parts = 0
-    blocks = enumerate(records.plan(source))
-    small = readers.size_of(source)[1] < IN_PROCESS_BYTES
+    blocks = enumerate(job.reader.plan(source))
+    small = readers.size_of(source)[1] < job.reader.in_process
     for size in spread(_render_block, job, blocks, 1 if small else workers, source.name):
         done, parts = done + size, parts + 1
         if progress is not None:
@@ -236,16 +261,31 @@ def _write(source: Source, job: _Job, workers: int, progress) -> dict:
         meta[f"{side}_documents"], meta[f"{side}_tokens"] = len(lengths), int(lengths.sum())
         if not len(lengths):
             continue
-        for kind in ("ids", "weights"):
+        for kind in _kinds(job):
             with durable(job.partial / f"{side}.{kind}") as file:
                 for number in range(parts):
                     with open(_stem(job.partial, number) + f".{side}.{kind}", "rb") as part:
                         shutil.copyfileobj(part, file, 1 << 24)
-        with durable(job.partial / f"{side}.starts.npy") as file:
-            np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        _save_starts(job.partial / f"{side}.starts.npy", lengths)
+        if job.renderer.extras:
+            _save_starts(job.partial / f"{side}.extra.starts.npy", np.concatenate([part[f"{side}_extra"] for part in read]))
+    unreadable = [line for part in read for line in json.loads(str(part["unreadable"]))]
+    meta["unreadable"] = unreadable[:NAMED]
+    if unreadable:
+        (job.partial / UNREADABLE).write_text("\n".join(unreadable) + "\n", encoding="utf-8")
     for path in job.partial.glob("part-*"):
         path.unlink()
     return meta
+
+
+def _kinds(job: _Job) -> tuple[str, ...]:
+    """Files of a side."""
+    return KINDS if job.renderer.extras else KINDS[:2]
+
+
+def _save_starts(path: Path, lengths: np.ndarray) -> None:
+    with durable(path) as file:
+        np.save(file, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
 def _why_nothing(counts: Counter[str], settings: Settings) -> str:
@@ -270,19 +310,23 @@ def _render_block(job: _Job, task: tuple[int, Block]) -> int:
     stem = _stem(job.partial, number)
     if Path(f"{stem}.npz").is_file():
         return block.size
-    lengths: dict[str, list[int]] = {side: [] for side in SIDES}
+    lengths: dict[str, list[int]] = {name: [] for side in SIDES for name in (side, f"{side}_extra")}
     hashes: list[int] = []
+    unreadable: list[str] = []
     counts: Counter[str] = Counter()
     unit = trained = 0
-    files = {(side, kind): open(f"{stem}.{side}.{kind}", "wb") for side in SIDES for kind in ("ids", "weights")}
+    files = {(side, kind): open(f"{stem}.{side}.{kind}", "wb") for side in SIDES for kind in _kinds(job)}
     try:
-        for digest, samples in _rendered(job, block, counts):
+        for digest, samples in _rendered(job, task, counts, unreadable):
             hashes.append(digest)
             side = SIDES[int(job.split.holds_out(np.array([digest], np.uint64))[0])]
             for sample in samples:
                 files[side, "ids"].write(sample.ids.astype(job.dtype).data)
                 files[side, "weights"].write(sample.weights.data)
                 lengths[side].append(len(sample.ids))
+                if job.renderer.extras:
+                    files[side, "extra"].write(sample.extra)
+                    lengths[f"{side}_extra"].append(len(sample.extra))
                 unit = math.gcd(unit, *np.unique(sample.weights).tolist())
                 trained += int(np.count_nonzero(sample.weights[1:]))
     finally:
@@ -290,30 +334,35 @@ def _render_block(job: _Job, task: tuple[int, Block]) -> int:
             file.close()
     with open(f"{stem}.tmp", "wb") as file:
         arrays = {side: np.array(values, np.int64) for side, values in lengths.items()}
-        np.savez(file, hashes=np.array(hashes, np.uint64), counts=json.dumps(counts), unit=unit, trained=trained, **arrays)
+        facts = {"counts": json.dumps(counts), "unreadable": json.dumps(unreadable), "unit": unit, "trained": trained}
+        np.savez(file, hashes=np.array(hashes, np.uint64), **facts, **arrays)
     os.replace(f"{stem}.tmp", f"{stem}.npz")
     return block.size
 
 
-def _rendered(job: _Job, block: Block, counts: Counter[str]) -> Iterator[tuple[int, tuple]]:
+def _rendered(
+    job: _Job, task: tuple[int, Block], counts: Counter[str], unreadable: list[str]
+) -> Iterator[tuple[int, tuple[Sample, ...]]]:
     """The hash and the samples of each conversation of a block that is not dropped."""
-    for place, record in records.records(block):
+    number, block = task
+    for place, parsed in job.reader.conversations(block, job.partial / f"inline-{number:06d}.bin"):
         counts["conversations"] += 1
         try:
-            conversation = parse(record, place, job.columns)
+            conversation = parsed()
             digest = job.split.hash(conversation.canonical())
             result = job.renderer.render(conversation)
         except UserError as error:
+            named = str(error) if str(error).startswith(str(place)) else f"{place}: {error}"
             if not job.skip_bad:
-                raise error if str(error).startswith(str(place)) else UserError(f"{place}: {error}") from None
+                raise UserError(named) from None
             counts["bad"] += 1
+            unreadable.append(named)
             continue
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise UserError(f"{place}: half of a surrogate pair, {half}: the file was not written as Unicode") from None
         counts[f"format {conversation.format}"] += 1
-        counts["with tools"] += bool(conversation.tools or any(m.calls for m in conversation.messages))
-        counts["with reasoning"] += any(m.reasoning for m in conversation.messages)
+        counts.update(conversation.features())
         counts["split"] += result.split
         counts["truncated"] += result.truncated
         if result.dropped:
@@ -342,6 +391,7 @@ def _result(sources: list[Source], metas: list[dict], encoder: Encoder, renderer
                 weight=source.weight,
                 train_prefix=str(folder / "train"),
                 heldout_prefix=str(folder / "heldout") if meta["heldout_documents"] else None,
+                unreadable=meta.get("unreadable", []),
                 **{name: meta[name] for name in same},
             )
         )

@@ -7,6 +7,7 @@ from chat_samples import TOOLS, WITH_TOOLS, turns
 from nemo_ext.data import readers
 from nemo_ext.data.chat import store
 from nemo_ext.data.chat.formats import parse as parse_record
+from nemo_ext.data.chat.records import Reader
 from nemo_ext.data.chat.render import Renderer, Settings
 from nemo_ext.data.chat.store import ChatCorpus, Samples, prepare
 from nemo_ext.data.sources import RECORDS, parse
@@ -68,7 +69,7 @@ def test_the_result_does_not_depend_on_workers(tmp_path, bare, chat, monkeypatch
     monkeypatch.setattr(readers, "BLOCK_BYTES", 2000)
     seen = []
     one = run(chat, bare, tmp_path / "a", heldout=0.1, progress=lambda done, total: seen.append((done, total)))
-    monkeypatch.setattr(store, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(Reader, "in_process", 0)
     two = run(chat, bare, tmp_path / "b", heldout=0.1, workers=2)
     assert files_of(one) == files_of(two) and one.key == two.key
     assert len(seen) > 4 and seen[-1] == (chat.stat().st_size,) * 2 and [d for d, _ in seen] == sorted(d for d, _ in seen)
@@ -153,7 +154,8 @@ def test_what_is_left_out_is_counted(tmp_path, bare, template_files):
     counts = corpus.sources[0].counts
     names = ("conversations", "truncated", "overlong", "masked", "bad", "with tools")
     assert [counts[name] for name in names] == [6, 1, 1, 1, 1, 1] and corpus.train_documents == 3
-    (line,) = corpus.report()
+    line, skipped = corpus.report()
+    assert skipped == f"  skipped: {tmp_path / 'chat.json'}, record 6: no turn of the assistant"
     assert (
         "1 truncated" in line and "1 dropped as too long" in line and "1 skipped as unreadable" in line and "with tools" in line
     )
