@@ -1,7 +1,7 @@
-"""executor=allocation: one step of a job that a cluster has started, as `stage=` says.
+"""executor=allocation: one step of a job that a cluster has started, as `phase=` says.
 
-A cluster's job does in three steps what executor=local does in one command (`launchers/run.py`): `stage=prepare` once, on one
-machine; `python -m launchers.worker RUN` on every device; `stage=finish` once. The steps share the run's folder and nothing else,
+A cluster's job does in three steps what executor=local does in one command (`launchers/run.py`): `phase=prepare` once, on one
+machine; `python -m launchers.worker RUN` on every device; `phase=finish` once. The steps share the run's folder and nothing else,
 and none of them needs the cluster's own commands, so that all run inside a container.
 """
 
@@ -19,16 +19,16 @@ from nemo_ext import faults, run_folder
 from nemo_ext.command_line import check_choice, key, keys_of
 from nemo_ext.errors import RunError, UserError
 
-PREPARE, FINISH = STAGES = ("prepare", "finish")
-COMPLETE = 10  # exit code of stage=prepare where nothing is left to train
-AGAIN = 75  # exit code of stage=finish where the workers failed and may start again (sysexits.h: try again later)
+PREPARE, FINISH = PHASES = ("prepare", "finish")
+COMPLETE = 10  # exit code of phase=prepare where nothing is left to train
+AGAIN = 75  # exit code of phase=finish where the workers failed and may start again (sysexits.h: try again later)
 
 
 @dataclass
 class AllocationKeys:
     """The keys of executor=allocation."""
 
-    stage: str = key("prepare", "which step this is", choices=STAGES)
+    phase: str = key("prepare", "which step this is", choices=PHASES)
     starts_left: int = key(0, "how often the workers may start again after a failure")
 
 
@@ -38,19 +38,19 @@ class Ready(Protocol):
     keys: dict[str, Any]
 
 
-def stage(command: grammar.Command) -> str | None:
+def phase(command: grammar.Command) -> str | None:
     """The step that a command is, or None where it is a whole run on this machine. Raises UserError."""
     if command.executor != "allocation":
         return None
-    field = keys_of(AllocationKeys)["stage"]
-    asked = command.executor_keys.get("stage") or field.default
-    check_choice("stage", asked, field)
+    field = keys_of(AllocationKeys)["phase"]
+    asked = command.executor_keys.get("phase") or field.default
+    check_choice("phase", asked, field)
     return asked
 
 
 def complete(command: grammar.Command) -> int:
     """The exit code where nothing is left to train."""
-    return COMPLETE if stage(command) == PREPARE else 0
+    return COMPLETE if phase(command) == PREPARE else 0
 
 
 def carry_out(
@@ -69,7 +69,7 @@ def carry_out(
     all steps are made; `train` starts workers on this machine and returns the signal that stopped them; `finish` reports;
     `newest` finds a run's newest checkpoint.
     """
-    now = stage(command)
+    now = phase(command)
 
     def report(prepared: Ready) -> None:
         finish(prepared)
@@ -136,15 +136,15 @@ def outcome(run_dir: Path, saved: tuple[int, Path] | None) -> signal.Signals | N
     which would be so again.
     """
     status = run_folder.read_status(run_dir) or {}
-    phase, where = status.get("phase"), f"logs are in {run_dir / run_folder.LOGS}"
-    if phase == "finished":
+    last, where = status.get("phase"), f"logs are in {run_dir / run_folder.LOGS}"
+    if last == "finished":
         return None
-    if phase == "failed" and status.get("message"):
+    if last == "failed" and status.get("message"):
         if status.get("exit_code") == UserError.exit_code:
             raise UserError(status["message"])
         raise RunError(f"{status['message']}; {where}")
-    if phase != "stopped":
-        raise RunError(f"the run's processes ended while {phase}; {where}, the same command continues from the newest checkpoint")
+    if last != "stopped":
+        raise RunError(f"the run's processes ended while {last}; {where}, the same command continues from the newest checkpoint")
     number = signal.Signals[status.get("signal") or "SIGTERM"]
     found = (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0)
     if number == signal.SIGUSR1 and (saved is None or saved[0] <= found):

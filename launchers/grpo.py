@@ -27,7 +27,7 @@ PATHS = ("model", "system", "prompt", "template", "reward_model")  # keys that m
 # A run's folder may be continued with other values of these: they change where, how fast and how long, not what is learnt.
 FREE_TO_CHANGE = set(
     "nodes gpus tp pp cp ep generation_tp generation_gpus micro_batch recompute device gpu_memory every keep val_every "
-    "tensorboard wandb out export answers dynamic_limit reward_timeout backend".split()
+    "tensorboard wandb out export answers dynamic_limit reward_timeout backend restarts hang_timeout on_nan".split()
 )
 TOKENIZER = "tokenizer"  # in a run's folder: the model's tokenizer, with the chat template that is used
 VLLM_SHARE = 0.3  # of a GPU's memory, which TRL gives a vLLM that shares the policy's GPU
@@ -95,7 +95,7 @@ def start(command: grammar.Command) -> int:
         raise UserError("device=gpu: this machine has no CUDA device; plan=true plans for one")
     keys = inputs.absolute(keys, PATHS)
     run_dir = Path(keys["out"])
-    with folder.owned(run_dir, LOCK_PATIENCE if allocation.stage(command) else 0):
+    with folder.owned(run_dir, LOCK_PATIENCE if allocation.phase(command) else 0):
         check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
         if (summary := folder.complete(run_dir)) is not None:
             _export(run_dir, keys)
@@ -113,7 +113,8 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         else:  # threads that wait soon give their core away: one that something else uses would stall all of them
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        return local.run(run_dir, 1, threads=machine.cpu_count, max_steps=ready.keys["steps"])
+        steps, restarts = ready.keys["steps"], ready.keys["restarts"]
+        return local.run(run_dir, 1, threads=machine.cpu_count, max_steps=steps, restarts=restarts)
 
     return allocation.carry_out(
         command, run_dir, ready=lambda: _ready(command, keys, machine, run_dir), hand_over=_hand_over, train=train, finish=_finish

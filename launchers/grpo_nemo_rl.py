@@ -45,9 +45,9 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
             config = _prepare(command, keys, machine, run_dir, Path(temporary), version).config
         print(engine.yaml_text(config) + "\n" + engine.command_line(run_dir, version))
         return 0
-    if allocation.stage(command) is None:
+    if allocation.phase(command) is None:
         engine.require_local(keys)
-    with folder.owned(run_dir, LOCK_PATIENCE if allocation.stage(command) else 0):
+    with folder.owned(run_dir, LOCK_PATIENCE if allocation.phase(command) else 0):
         grpo.check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
         if (summary := folder.complete(run_dir)) is not None:
             grpo.done(f"{run_dir} is complete at step {summary['steps']}", summary)

@@ -16,7 +16,6 @@ from recipes.grpo import GrpoKeys
 
 GIB = 2**30
 TRAIN, EMBEDDED, NEMO_RL = "train", "embedded", "nemo_rl"
-TRAIN_PATHS = ("model", "tokenizer")  # keys that may name files, beside data and out
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ def describe(command: grammar.Command, *, shared: bool = False) -> Submission:
     if engine == NEMO_RL:
         keys["nemo_rl_version"] = _version(keys)
     if shared:
-        _check_files(keys, engine, method.conversations)
-    _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=not shared)
-    lines = _plan(command, keys, engine, architecture)
+        _check_files(keys, engine, method)
+    checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=not shared)
+    lines = _plan(command, keys, engine, checkpoint, architecture)
     decided = ("nodes", "gpus", "device", "out", *(("engine", "nemo_rl_version") if grpo else ()))
     given = {name: keys[name] for name in (*command.keys, *decided)}
     settings = {"recipe": command.recipe, **given, **command.overrides}
@@ -94,17 +93,18 @@ def describe(command: grammar.Command, *, shared: bool = False) -> Submission:
 
 def _paths(engine: str) -> tuple[str, ...]:
     if engine == TRAIN:
-        return TRAIN_PATHS
+        return inputs.PATHS
     from launchers.grpo import PATHS
 
     return PATHS
 
 
-def _check_files(keys: dict[str, Any], engine: str, conversations: bool) -> None:
+def _check_files(keys: dict[str, Any], engine: str, method) -> None:
     """Refuse data and a tokenizer that are not there, before the job has waited for its turn. Raises UserError."""
     from nemo_ext.data import sources
 
-    sources.parse(keys["data"], sources.PROBLEMS if engine != TRAIN else sources.RECORDS if conversations else sources.DOCUMENTS)
+    records = sources.MEDIA if method.modality else sources.RECORDS if method.conversations else sources.DOCUMENTS
+    sources.parse(keys["data"], sources.PROBLEMS if engine != TRAIN else records)
     if keys.get("tokenizer") and not Path(keys["tokenizer"]).is_dir():
         raise UserError(f"tokenizer={keys['tokenizer']}: there is no such folder")
 
@@ -115,9 +115,9 @@ def _version(keys: dict[str, Any]) -> str:
     return tree.choose(keys["nemo_rl_version"], tree.installed())
 
 
-def _plan(command: grammar.Command, keys: dict[str, Any], engine: str, architecture) -> list[str]:
+def _plan(command: grammar.Command, keys: dict[str, Any], engine: str, checkpoint, architecture) -> list[str]:
     """The plan's lines, or none where the memory of a device is not known. Raises UserError where nothing fits."""
-    from launchers import grpo, layout, plan
+    from launchers import grpo, layout, plan, senses
 
     if not keys["gpu_memory"]:
         return []
@@ -128,8 +128,7 @@ def _plan(command: grammar.Command, keys: dict[str, Any], engine: str, architect
     if engine == EMBEDDED:
         return grpo.plan(keys, architecture, keys["gpu_memory"] * GIB).lines()
     method, _ = recipes.split(command.recipe)
-    share = layout.trained(method, keys, architecture) / architecture.num_parameters()
-    planned = plan.plan(architecture, layout.request(keys, None, share, method.nf4))
+    planned = plan.plan(architecture, senses.request(method, keys, None, checkpoint, architecture))
     recipes.check_layout(command.recipe, {**keys, **layout.keys_of(planned)})
     return planned.lines()
 

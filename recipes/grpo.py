@@ -16,6 +16,13 @@ from nemo_ext.errors import UserError
 from recipes import models
 
 ENGINES = ("embedded", "nemo_rl")
+# Keys of other recipes that make no sense here, and why.
+_LEVEL = "the loss of a policy is about zero at every step: there is no level that it could jump above"
+REFUSED = {
+    "on_spike": _LEVEL, "spike_factor": _LEVEL, "spike_window": _LEVEL,
+    "straggler_factor": "the embedded engine is one process, and NeMo-RL times its workers itself",
+}  # fmt: skip
+FAULTS = {"restarts": 0, "hang_timeout": 480.0, "on_nan": "stop"}  # of the embedded engine, with what they are if not given
 # Where no data is given: a task whose answers are short.
 TASK = {
     "data": "reasoning-gym:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=1:size=1000",
@@ -125,6 +132,13 @@ class GrpoKeys:
     tensorboard: bool = key(True, "write TensorBoard event files")
     wandb: str | None = key(None, "Weights & Biases project to log to", auto="none")
 
+    restarts: int = key(FAULTS["restarts"], "times that the process starts again from the newest checkpoint when it dies or "
+                        "hangs", group="faults")  # fmt: skip
+    hang_timeout: float = key(FAULTS["hang_timeout"], "end a run that comes no further for four times as long, with its stacks; "
+                              "0 never", unit="s")  # fmt: skip
+    on_nan: str = key(FAULTS["on_nan"], "a step whose loss or gradient is no number: stop, leave it out, or also go back to "
+                      "the newest checkpoint", choices=("stop", "skip", "rollback"))  # fmt: skip
+
 
 def resolve(name: str, family: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     """All keys of a GRPO recipe: the given ones over the defaults. What only data or plan can tell stays None.
@@ -162,6 +176,8 @@ def resolve(name: str, family: str, given: dict[str, Any], *, cuda: bool) -> dic
 
         settings.check(keys)
         keys["backend"] = keys["backend"] or ("vllm" if not on_cpu and importlib.util.find_spec("vllm") else "transformers")
+    elif name := next((name for name, default in FAULTS.items() if keys[name] != default), None):
+        raise UserError(f"{name}={keys[name]}: NeMo-RL decides itself what follows a fault; it is for engine=embedded")
     elif on_cpu:
         raise UserError(
             "engine=nemo_rl: it needs GPUs; device=gpu gpu_memory=80 plan=true plans for them, engine=embedded trains here"
@@ -215,7 +231,7 @@ def _numbers(keys: dict[str, Any]) -> None:
                  "val_samples").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
-    for name in ("kl", "clip_low", "clip_high", "min_lr", "warmup", "weight_decay", "clip", "answers"):
+    for name in "kl clip_low clip_high min_lr warmup weight_decay clip answers restarts hang_timeout".split():
         if keys[name] is not None and keys[name] < 0:
             raise UserError(f"{name}={keys[name]} must not be negative")
     for name in ("heldout", "beta1", "beta2"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers import grammar
-from launchers.k8s.stages import COMPLETE, FINISH, PREPARE, stage
+from launchers.k8s.phases import COMPLETE, FINISH, PREPARE, phase
 from nemo_ext.command_line import NO_DEFAULT, ending, key, parse
 from nemo_ext.errors import UserError
 
@@ -35,10 +35,10 @@ def drive(options: DriverKeys) -> int:
     version = grammar.parse([f"config={settings}"]).keys.get("nemo_rl_version")
     if version is None:
         raise UserError(f"{settings} does not say nemo_rl_version")
-    if code := stage(PREPARE, settings):
+    if code := phase(PREPARE, settings):
         return 0 if code == COMPLETE else code
     done = subprocess.run(engine.command(run_dir, version), env={**os.environ, **engine.environment(run_dir)})
-    return stage(FINISH, settings) or done.returncode
+    return phase(FINISH, settings) or done.returncode
 
 
 def main(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from launchers import folder
 from launchers.k8s.manifest import AGAIN, FAILED, REFUSED, STOPPED
 from launchers.k8s.meeting import Meeting, Start
-from launchers.k8s.stages import COMPLETE, FINISH, PREPARE, ROOT, stage
+from launchers.k8s.phases import COMPLETE, FINISH, PREPARE, ROOT, phase
 from launchers.progress import follow
 from launchers.worker import die_with_parent, interface_towards
 from nemo_ext import run_folder
@@ -70,7 +70,7 @@ def _attend(options: PodKeys, run_dir: Path, meeting: Meeting) -> int:
     index = meeting.index
     if index == 0:
         meeting.open()
-        if code := stage(PREPARE, Path(options.settings)):
+        if code := phase(PREPARE, Path(options.settings)):
             return 0 if code == COMPLETE else _judge(code, meeting, run_dir, options.retries)
         print(f"waiting for {options.nodes - 1} more pod{'s' if options.nodes > 2 else ''}", flush=True)
         start = meeting.gather(os.environ.get("POD_IP") or "127.0.0.1")
@@ -84,7 +84,7 @@ def _attend(options: PodKeys, run_dir: Path, meeting: Meeting) -> int:
     with workers:
         follow(run_dir, workers) if index == 0 else workers.wait()
     if index == 0:
-        return _judge(stage(FINISH, Path(options.settings)), meeting, run_dir, options.retries)
+        return _judge(phase(FINISH, Path(options.settings)), meeting, run_dir, options.retries)
     return _other_pods_code(run_dir, workers)
 
 

@@ -108,14 +108,17 @@ def _log(entry: Entry, record: dict[str, Any], options: LogKeys) -> Path:
 
 
 def cancel(entry: Entry, now: bool) -> list[str]:
-    """Take waiting jobs back and end running ones: with SIGTERM to their processes, which save, or `now` as SLURM does."""
+    """Take waiting jobs back and end running ones: with SIGINT to their processes, which save, or `now` as SLURM does.
+
+    A SIGTERM is the cluster's, which wants the machines for another job: the run would go on by itself.
+    """
     jobs = cluster.queued(read(entry)["jobs"])
     if not jobs:
         return [f"{entry.name} has no job that waits or runs"]
     lines = []
     for job in sorted(jobs, key=lambda each: each.state in RUNNING):  # else the next of a chain starts
         polite = job.state == "RUNNING" and not now
-        done = cluster.run(["scancel", *(["--signal=TERM"] if polite else []), job.id])
+        done = cluster.run(["scancel", *(["--signal=INT"] if polite else []), job.id])
         if done.returncode:
             raise UserError(f"scancel: {cluster.said(done)}")
         lines.append(f"job {job.id} {'saves and ends' if polite else 'is cancelled'}")

@@ -1,7 +1,7 @@
 """The batch script of a GRPO run through NeMo-RL, which needs Ray on all machines of the job.
 
-stage=prepare on the first machine; Ray's head there and a worker on each other one, all in NeMo-RL's container; the driver beside
-the head once all GPUs are there; stage=finish. What `ray.sub` of NeMo-RL does, without its retries of everything and its attach
+phase=prepare on the first machine; Ray's head there and a worker on each other one, all in NeMo-RL's container; the driver beside
+the head once all GPUs are there; phase=finish. What `ray.sub` of NeMo-RL does, without its retries of everything and its attach
 scripts. SLURM is asked for no warning: NeMo-RL saves and ends by a clock of its own, which the driver is given.
 """
 
@@ -37,7 +37,7 @@ def render(job: Job, version: str) -> str:
 
 def _ray(job: Job, version: str) -> str:
     head_port, first_port, last_port = PORTS[version]
-    stage = script.stage(job)
+    phase = script.phase(job)
     resources = shlex.quote(f'{{"worker_units": {job.gpus}, "slurm_managed_ray_cluster": 1}}')
     ray = f"ray start --disable-usage-stats --block --resources={resources}"
     head = f'{ray} --head --node-ip-address="$RAY_HEAD" --port={head_port}'
@@ -50,10 +50,11 @@ def _ray(job: Job, version: str) -> str:
 started+=($!)
 """
     driver = shlex.join(engine.driver(engine.HOME))
-    return f"""{stage} executor=allocation stage={PREPARE}
+    return f"""{script.leave(job)}
+{phase} executor=allocation phase={PREPARE}
 code=$?
 (( code == {COMPLETE} )) && exit 0  # complete: an earlier job has done it
-(( code != 0 )) && exit "$code"
+(( code != 0 )) && leave "$code"
 
 export RAY_HEAD=$(getent ahostsv4 "$MASTER_ADDR" | awk 'NR == 1 {{print $1}}')
 export PYTHONPATH={quote(job.project)}
@@ -88,7 +89,7 @@ echo "the driver ended with exit code $?"
 kill "${{started[@]}}" 2> /dev/null
 wait
 
-{stage} executor=allocation stage={FINISH}
+{phase} executor=allocation phase={FINISH}
 code=$?
-{script.again(job)}exit "$code"
+leave "$code"
 """

@@ -1,6 +1,6 @@
 """The batch script of a run: a pure function from what is asked to text.
 
-    render(Job(...))    # stage=prepare, a worker on every device, stage=finish; see launchers/allocation.py
+    render(Job(...))    # phase=prepare, a worker on every device, phase=finish; see launchers/allocation.py
 
 The batch shell itself runs outside the container, on the first machine, and needs bash and SLURM's commands only. Every value
 of a user is quoted for the shell, or for the #SBATCH lines, which SLURM reads by rules of its own.
@@ -18,14 +18,14 @@ from launchers.allocation import AGAIN, COMPLETE, FINISH, PREPARE
 from launchers.slurm.keys import SlurmKeys
 from nemo_ext import run_folder
 from nemo_ext.command_line import texts
-from nemo_ext.errors import UserError
+from nemo_ext.errors import RunError, UserError
 
 FOLDER = "slurm"  # in a run's folder: what was submitted, and the jobs' logs
 SETTINGS = "settings.yaml"  # in it: the run's keys, for the steps' config=
 SCRIPT = "job.sbatch"
 PYXIS, APPTAINER = "pyxis", "apptainer"
 PORTS = (20000, 10000)  # of the rendezvous: the first and how many, below those that systems give to clients
-RETURNS = 128 + signal.SIGUSR1  # exit code of a run that saved because its time was about to end
+RETURNS = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)  # exit codes of a run that its time, or its machines, were taken from
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]+")
 # What the steps' processes must see, also where an image has a value of its own.
 FABRICS = {
@@ -58,7 +58,7 @@ class Job:
 
 def render(job: Job) -> str:
     """The whole script. Raises UserError for a value that a script, or a container's mounts, cannot hold."""
-    return "\n".join([header(job), preamble(job), _stages(job)])
+    return "\n".join([header(job), preamble(job), _steps(job)])
 
 
 def header(job: Job, warning: bool = True) -> str:
@@ -138,14 +138,14 @@ def environment(job: Job) -> dict[str, str]:
     return {**ours, **chosen, **{name: quote(value) for name, value in (keys.env or {}).items()}}
 
 
-def stage(job: Job) -> str:
-    """The command of a step of one process, to which executor=allocation and its stage= are added."""
+def phase(job: Job) -> str:
+    """The command of a step of one process, to which executor=allocation and its phase= are added."""
     return f'"${{once[@]}}" "${{python[@]}}" {quote(job.project / "launchers/run.py")} "config=$run/{FOLDER}/{SETTINGS}"'
 
 
-def _stages(job: Job) -> str:
+def _steps(job: Job) -> str:
     keys = job.keys
-    step = stage(job)
+    step = phase(job)
     cpus = f"--cpus-per-task={keys.cpus}" if keys.cpus else "--cpu-bind=none"
     train = (
         f'"${{srun[@]}}" --nodes={job.nodes} --ntasks-per-node={job.processes} {cpus} --kill-on-bad-exit=1 --label '
@@ -153,15 +153,15 @@ def _stages(job: Job) -> str:
     )
     return f"""limit=no step=
 trap 'limit=yes; [[ -n "$step" ]] && kill -USR1 "$step"' USR1  # the time limit is near; srun passes it on to the workers
-
+{leave(job)}
 for (( starts_left = {job.restarts}; ; starts_left-- )); do
-    {step} executor=allocation stage={PREPARE}
+    {step} executor=allocation phase={PREPARE}
     code=$?
     (( code == {COMPLETE} )) && exit 0  # complete: an earlier job has done it
-    (( code != 0 )) && exit "$code"
+    (( code != 0 )) && leave "$code"
     if [[ "$limit" == yes ]]; then
         echo "the time limit came before training: give a longer time=" >&2
-        exit 1
+        leave {RunError.exit_code}
     fi
 
     # What the workers print is in {run_folder.LOGS}/rankN.log.
@@ -174,26 +174,43 @@ for (( starts_left = {job.restarts}; ; starts_left-- )); do
         code=$?
     done
     step=
+    [[ "$over" == yes ]] && leave "$code"
     if (( code != 0 )); then  # a machine that died? This waits until SLURM knows, and starts the job anew
         "${{srun[@]}}" --nodes={job.nodes} --ntasks={job.nodes} --ntasks-per-node=1 true
     fi
 
-    {step} executor=allocation stage={FINISH} "starts_left=$starts_left"
+    {step} executor=allocation phase={FINISH} "starts_left=$starts_left"
     code=$?
     (( code == {AGAIN} )) || break
 done
-{again(job)}exit "$code"
+leave "$code"
 """
 
 
-def again(job: Job) -> str:
-    """What a job does that saved before its time limit."""
-    if not job.requeue:
-        return ""
-    return f"""if (( code == {RETURNS} )); then  # saved before the time limit
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # which ends this script
-    echo "the cluster does not requeue: submit again to go on" >&2
-fi
+def leave(job: Job) -> str:
+    """The shell function that ends the job with a step's exit code, or lets it start again, and what it has to know.
+
+    SLURM tells this shell (SIGTERM) when it ends the job: by its limit, scancel or scontrol requeue. It has told the workers too,
+    and would kill them with their srun if the shell ended before they have saved. A job that is to be preempted is not told: its
+    steps are, and one that cannot save then (`prepare`, workers that load) fails.
+    """
+    again = """
+    if [[ "$over" == no ]] && goes_on "$1"; then
+        scontrol requeue "$SLURM_JOB_ID" && exec sleep 60  # which ends this
+        echo "the cluster does not requeue: submit again to go on" >&2
+    fi"""
+    rule = f"""
+goes_on() {{
+    (( {" || ".join(f"$1 == {code}" for code in RETURNS)} )) && return  # saved
+    (( $1 == {RunError.exit_code} )) && [[ "$(scontrol show job --oneliner "$SLURM_JOB_ID")" == *" PreemptTime="[0-9]* ]]
+}}
+"""
+    return f"""over=no
+trap over=yes TERM  # SLURM ends this job, and starts it again where it is to be
+{rule if job.requeue else ""}
+leave() {{{again if job.requeue else ""}
+    exit "$1"
+}}
 """
 
 

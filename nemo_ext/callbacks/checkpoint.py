@@ -42,7 +42,7 @@ class AtomicCheckpoint(Checkpoint):
 
     def __init__(self, folder: str, every: int, keep: int, async_save: bool, size: int = 0):
         self.folder, self.every, self.keep, self.async_save, self.size = Path(folder), every, keep, async_save, size
-        self.saved_step = -1
+        self.saved_step = 0  # the model as it came needs no saving
         self.last_model_path = ""  # NeMo's resume sets it
 
     def setup(self, trainer, pl_module, stage) -> None:

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM, SIGINT or SIGUSR1 lets the step finish, saves, and ends the run."""
+"""A polite end: SIGUSR1, SIGTERM or SIGINT lets the step finish, saves, and ends the run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import signal
 import torch
 from lightning.pytorch.callbacks import Callback
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from nemo_ext.signals import SIGNALS, decisive
 
 
 class StopOnSignal(Callback):
     """Stops after the step in which any rank got a signal; all ranks agree, so that all save the same step.
 
     Agreement costs one all-reduce of four bytes a step on the gloo group, which runs on the host and waits for no GPU work. The
-    signal itself is agreed on (`received`): what started the run may go on by itself after SIGUSR1, a time limit's warning, and
-    not after SIGTERM. A SIGUSR1 that came while the process started, when the worker blocks it, ends the run before its first
-    step.
+    signal itself is agreed on (`received`), because a cluster lets the run go on by itself after SIGUSR1 and SIGTERM, and not
+    after SIGINT. A signal that came while the process started, when the worker blocks it, ends the run before its first step.
     """
 
     def __init__(self):
@@ -38,10 +37,10 @@ class StopOnSignal(Callback):
 
     def _agree(self, trainer) -> None:
         """Stop everywhere if any rank was told to."""
-        number = torch.tensor([self.received or 0], dtype=torch.int32)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        if number.item():
-            self.received = signal.Signals(number.item())
+        place = torch.tensor([SIGNALS.index(self.received) if self.received else -1], dtype=torch.int32)
+        torch.distributed.all_reduce(place, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        if place.item() >= 0:
+            self.received = SIGNALS[place.item()]
             trainer.should_stop = True
 
     def _listen(self) -> None:
@@ -49,4 +48,4 @@ class StopOnSignal(Callback):
             signal.signal(each, self._note)
 
     def _note(self, number, frame) -> None:
-        self.received = signal.Signals(number)
+        self.received = decisive([number] if self.received is None else [self.received, number])

@@ -34,7 +34,7 @@ class Watchdog(Callback):
     are; then each ends, and the first one writes into status.json who did not arrive (see `late`). A process that holds Python's
     lock cannot run that thread: `faulthandler`'s own, which needs no lock, writes its stack.
 
-    `timeout` 0 is never.
+    `timeout` 0 is never. A trainer that is not Lightning's calls `start`, `come` and `end`.
     """
 
     def __init__(self, run_dir: str, timeout: float) -> None:
@@ -54,53 +54,60 @@ class Watchdog(Callback):
     # Hooks, in the order in which Lightning and NeMo call them.
 
     def setup(self, trainer, pl_module, stage) -> None:
-        if not self.timeout or self._ended is not None:
-            return
-        self.rank, self.world = trainer.global_rank, trainer.world_size
-        self._file(f"rank{self.rank}.hung.json").unlink(missing_ok=True)
-        if self.rank == 0:
-            self._file(HUNG).unlink(missing_ok=True)
-        self._stacks = open(self._file(f"rank{self.rank}.stacks"), "a")
-        self._come("loading", slow=True)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self.start(trainer.global_rank, trainer.world_size)
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.step, self._training = trainer.global_step, True  # all ranks are here: an earlier start's sign is gone
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self.step = trainer.global_step + 1
-        self._come("reading data", slow=self._steps == 0)
+        self.come("reading data", slow=self._steps == 0)
 
     def on_megatron_microbatch_start(self, step) -> None:
-        self._come("evaluating" if step.forward_only else "forward and backward", slow=step.forward_only or self._steps == 0)
+        self.come("evaluating" if step.forward_only else "forward and backward", slow=step.forward_only or self._steps == 0)
 
     def on_megatron_step_end(self, step) -> None:
         if not step.forward_only:
-            self._come("optimizer step", slow=self._steps == 0)
+            self.come("optimizer step", slow=self._steps == 0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._steps += 1
-        self._come("end of the step")
+        self.come("end of the step")
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        self._come("evaluating", slow=True)
+        self.come("evaluating", slow=True)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-        self._come("saving", slow=True)
+        self.come("saving", slow=True)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self._come("ending", slow=True)
+        self.come("ending", slow=True)
 
     def teardown(self, trainer, pl_module, stage) -> None:
-        self._end()
+        self.end()
 
     def on_exception(self, trainer, pl_module, exception) -> None:
-        self._end()
+        self.end()
 
-    def _come(self, place: str, slow: bool = False) -> None:
-        """This process has come to `place`."""
+    # What the hooks call.
+
+    def start(self, rank: int, world: int) -> None:
+        """Look on from now, in process `rank` of `world`."""
+        if not self.timeout or self._ended is not None:
+            return
+        self.rank, self.world = rank, world
+        (Path(self.run_dir) / LOGS).mkdir(parents=True, exist_ok=True)
+        self._file(f"rank{self.rank}.hung.json").unlink(missing_ok=True)
+        if self.rank == 0:
+            self._file(HUNG).unlink(missing_ok=True)
+        self._stacks = open(self._file(f"rank{self.rank}.stacks"), "a")
+        self.come("loading", slow=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def come(self, place: str, slow: bool = False) -> None:
+        """This process has come to `place`, where it may stay four times as long if that is `slow`."""
         now = time.monotonic()
         if not self._slow:
             self._slowest = max(self._slowest, now - self._since)
@@ -108,7 +115,8 @@ class Watchdog(Callback):
         self._allowed = SLOW * self.timeout if slow else max(self.timeout, PATIENCE * self._slowest)
         self._since = now
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Look away: what comes now may take its time."""
         if self._ended is not None and not self._ended.is_set():
             self._ended.set()
             self._thread.join()  # it would set faulthandler's clock again
@@ -149,6 +157,8 @@ class Watchdog(Callback):
 
     def _message(self, places: list[dict[str, Any] | None]) -> str:
         stuck = f"the run stood still for {self._allowed:.0f} s at step {self.step}"
+        if len(places) == 1:
+            return f"{stuck} ({self.place}): {self._file('rank0.stacks')} has the stacks"
         ranks = late(places)
         stacks = f"{self._file('rank*.stacks')} has the stack of every process"
         if not ranks:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from nemo_ext.grpo import evaluation, settings
 from nemo_ext.grpo.advantages import step_seed
 from nemo_ext.grpo.records import Records
 from nemo_ext.platform import hardware
+from nemo_ext.signals import SIGNALS, decisive
 
 GIB = 2**30
 TRAIN, HELDOUT = "problems/train.jsonl", "problems/heldout.jsonl"  # in a run's folder
 REWARD_SETTINGS = ("judge_url", "judge_model", "reward_model")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GROUP_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+GROUP_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+               "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 EVALUATED_AT_ONCE = 64  # answers
 
 
@@ -37,14 +40,21 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def leave_group() -> None:
+    """Take torchrun's names out of the environment: one process is no group, and vLLM makes one of its own, which would wait for
+    the store of torchrun's agent."""
+    for name in GROUP_NAMES:
+        os.environ.pop(name, None)
+
+
 def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str | None = None) -> None:
     """Train in this process, from the Hugging Face folder `model` or on from a `checkpoint` of this run.
 
-    The problems are in the run's folder. Ends early, saved, on SIGTERM, SIGINT or SIGUSR1. Raises RunError where it cannot go on.
+    The problems are in the run's folder. Ends early, saved, on one of `SIGNALS`; ends the process where it comes no further for
+    `hang_timeout` (`Watchdog`). Raises RunError where it cannot go on.
     """
     run_dir = Path(run_dir)
-    for name in GROUP_NAMES:  # torchrun's: one process is no group
-        os.environ.pop(name, None)
+    leave_group()
     if hardware.has_cuda():
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     platform.activate()
@@ -53,6 +63,8 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
     from trl import GRPOConfig
 
+    from nemo_ext.callbacks.watchdog import Watchdog
+    from nemo_ext.grpo.bad_steps import BadSteps
     from nemo_ext.grpo.trainer import Trainer
 
     step = int(Path(checkpoint).name.removeprefix("step-")) if checkpoint else 0
@@ -70,6 +82,7 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
             evaluate()
 
         def on_step_begin(self, args, state, control, **kwargs):
+            watchdog.step = state.global_step + 1
             records.phase("training", state.global_step)
             set_seed(step_seed(keys["seed"], state.global_step))
             trainer.spent = dict.fromkeys(trainer.spent, 0.0)
@@ -83,10 +96,11 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs:
                 records.step(_record(trainer, logs))
-                if not numpy.isfinite(logs["grad_norm"]):
+                if keys["on_nan"] == "stop" and not numpy.isfinite(logs["grad_norm"]):
                     raise RunError(f"the gradient norm is {logs['grad_norm']} at step {state.global_step}: lower lr=")
                 if control.should_save:
                     records.phase("saving", state.global_step)
+                    watchdog.come("saving", slow=True)
                 evaluate()
 
     def evaluate() -> None:
@@ -94,21 +108,32 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
         if (at % keys["val_every"] and at < keys["steps"]) or at in records.evaluated or not heldout:
             return
         records.phase("evaluating", at)
+        watchdog.come("evaluating", slow=True)
         batches = trainer.answers(heldout, keys["seed"], EVALUATED_AT_ONCE)
         records.evaluation(at, *evaluation.measure(heldout, batches, trainer.reward, tokenizer, trainer.eos_token_ids))
 
-    with build_reward(keys) as reward:
+    watchdog = Watchdog(str(run_dir), keys["hang_timeout"])
+    with build_reward(keys) as reward, ExitStack() as stack:
+        stack.callback(watchdog.end)
+        watchdog.start(rank=0, world=1)
         reward.check(rows + heldout)
         trainer = Trainer(keys, rows, reward, model=model, args=GRPOConfig(**arguments), processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
+        trainer.come = functools.partial(watchdog.come, slow=True)  # sampling takes as long as its longest answer
         trainer.add_callback(Steps())
+        if keys["on_nan"] != "stop":
+            trainer.add_callback(BadSteps(trainer, run_dir, keys["on_nan"]))
         for each in SIGNALS:
             signal.signal(each, lambda number, frame: received.append(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which the worker holds back until now
         random.seed(keys["seed"])
         torch.manual_seed(keys["seed"])
         trainer.train(resume_from_checkpoint=checkpoint)
     done = trainer.state.global_step
-    records.phase("finished" if done >= keys["steps"] else "stopped", done)
+    if done >= keys["steps"]:
+        records.phase("finished", done)
+    else:
+        records.phase("stopped", done, signal=decisive(received).name)
     records.close()
 
 

@@ -24,11 +24,11 @@ class Records:
         self._sinks = open_sinks(str(run_dir), step, tensorboard, wandb)
         self._phase = ""
 
-    def phase(self, phase: str, step: int) -> None:
-        """Say in status.json what is done now, if it is something else than before."""
+    def phase(self, phase: str, step: int, **more: Any) -> None:
+        """Say in status.json what is done now, if it is something else than before, and what `more` there is to say of it."""
         if phase != self._phase:
             self._phase = phase
-            run_folder.write_status(self.run_dir, phase, step, self.max_steps, started=self.started)
+            run_folder.write_status(self.run_dir, phase, step, self.max_steps, started=self.started, **more)
 
     def step(self, record: dict[str, Any]) -> None:
         """A training step's figures; `tokens` become those since the run's first step."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ class Trainer(GRPOTrainer):
     def __init__(self, keys: dict[str, Any], rows: Sequence[dict[str, Any]], reward: Reward, **trl: Any) -> None:
         self.keys, self.rows, self.reward = keys, rows, reward
         self.spent = {"generation": 0.0, "scoring": 0.0}  # seconds in the running step
-        self.figures: dict[str, float] = {}  # of the running step's answers
+        self.figures: dict[str, Any] = {}  # of the running step's answers
+        self.lost = False  # the running step has a loss that is no number
+        self.come: Callable[[str], None] = lambda place: None  # called with what this process begins to do
         super().__init__(
             reward_funcs=[_reward], train_dataset=Dataset.from_dict({"prompt": list(map(str, range(len(rows))))}), **trl
         )
@@ -241,11 +243,18 @@ class Trainer(GRPOTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def compute_loss(self, *arguments: Any, **named: Any):
+        self.come("training")  # what was sampled is there
+        return super().compute_loss(*arguments, **named)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if torch.isfinite(loss):
+            return loss
+        if self.keys["on_nan"] == "stop":
             raise RunError(f"the loss is {float(loss)} at step {self.state.global_step + 1}: lower lr=, or raise warmup=")
-        return loss
+        self.lost = True
+        return torch.zeros_like(loss)  # of the mean that is logged, which would be no number for ever
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Weights in Hugging Face's format, optimizer, schedule, random numbers and place: whole under its name, or not there."""
@@ -268,6 +277,7 @@ class Trainer(GRPOTrainer):
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
+        self.come(what)
         try:
             yield
         finally:

@@ -46,14 +46,17 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_min_interval=200000,bf_interval=2
 SlurmdTimeout=6
-KillWait=5
+KillWait=30
 MinJobAge=600
 MessageTimeout=5
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName={nodes} CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
-PartitionName=batch Nodes={nodes} Default=YES MaxTime=60:00
+PartitionName=batch Nodes={nodes} Default=YES MaxTime=60:00 GraceTime=120
+PartitionName=urgent Nodes={nodes} PriorityTier=10 MaxTime=60:00
 PartitionName=small Nodes={first} MaxTime=2:00
 """
 GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # what SLURM takes for two GPUs: no job here uses one
@@ -134,11 +137,6 @@ class SlurmCluster:
         os.kill(init, 9)
         node.wait()
 
-    def kill(self, name: str) -> None:
-        """Kill a node's slurmd and its job steps. The machine stays, and closes their connections."""
-        _, init = self._booted[name]
-        subprocess.run(["nsenter", f"--target={init}", "--mount", "--pid", "sh", "-c", "kill -9 -1"])
-
     def boot(self, name: str) -> None:
         """Start a node, again if it runs."""
         if name in self._booted:
@@ -167,9 +165,10 @@ class SlurmCluster:
 
         self.wait(idle, timeout, "all nodes idle")
 
-    def processes(self) -> list[str]:
-        """Command lines of every process of the cluster."""
-        return self.check("ps", "-e", "-o", "args=").splitlines()
+    def processes(self) -> dict[int, str]:
+        """Command lines of every process of the cluster, by the number that it has on the login host."""
+        lines = self.check("ps", "-e", "-o", "pid=,args=").splitlines()
+        return {int(process): arguments for process, arguments in (line.split(None, 1) for line in lines)}
 
     def stop(self) -> None:
         """End everything, whatever it is doing."""

@@ -1,4 +1,4 @@
-"""executor=slurm against a real SLURM: two machines, of which one is told to end and one dies, and a run that goes on.
+"""executor=slurm against a real SLURM of two machines: what ends jobs there, and runs that go on.
 
 Start-up is most of a run's time, so one run goes through everything that can happen to it.
 """
@@ -21,9 +21,10 @@ from nemo_ext import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds for what takes fifteen on a machine with nothing else to do
-RUN = ("steps=36", "every=6", "val_every=12", "device=cpu", "async_save=false")
-STEPS = 36
+STEPS = 72
+RUN = (f"steps={STEPS}", "every=12", "val_every=24", "device=cpu", "async_save=false")
 SLURM = ("nodes=2", "gpus=1", "executor=slurm", "partition=batch", "time=30", "cpus=1")
+UNHURRIED = Path(__file__).with_name("unhurried")  # its sitecustomize.py gives a step of a job time for something to happen
 # By `platform.activate()` and process groups in this process: a job inherits what its submitter has.
 SET_BY_OTHER_TESTS = ("GLOO_SOCKET_IFNAME", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -37,7 +38,8 @@ class Desk:
         self.cluster, self.small, self.folder = cluster, small, folder
         mine = {name: value for name, value in os.environ.items() if name not in SET_BY_OTHER_TESTS}
         self.environment = {**mine, "LLM_BUILDER_CACHE": str(small.cache), "XDG_STATE_HOME": str(folder / "state"),
-                            "COLUMNS": "300"}  # fmt: skip
+                            "COLUMNS": "300", "STEP_SECONDS": "0.2",
+                            "PYTHONPATH": os.pathsep.join(filter(None, [str(UNHURRIED), mine.get("PYTHONPATH")]))}  # fmt: skip
 
     def run(self, *keys: str) -> subprocess.CompletedProcess:
         """`python launchers/run.py` with the small model's keys and these."""
@@ -76,6 +78,11 @@ class Desk:
 
         self.cluster.wait(reached, PATIENCE, why)
 
+    def until_it_trains(self, out: Path, job: str, beyond: int) -> None:
+        """Wait until a job's next start has made a step beyond `beyond`."""
+        self.until(lambda: phase(out) == "starting", job, "going on")
+        self.until(lambda: phase(out) != "starting" and steps_done(out) > beyond, job, f"a step beyond {beyond}")
+
 
 @pytest.fixture(scope="module")
 def desk(cluster, small, tmp_path_factory) -> Desk:
@@ -102,6 +109,13 @@ def newest(out: Path) -> int:
     return (run_folder.newest_checkpoint(out / "checkpoints") or (0,))[0]
 
 
+def saved_when_stopped(out: Path, name: str) -> int:
+    """The last step of a run that a signal stopped, which is saved."""
+    status, step = run_folder.read_status(out), newest(out)
+    assert (status["phase"], status["signal"], status["step"]) == ("stopped", name, step) and step == steps_done(out) < STEPS
+    return step
+
+
 def phase(out: Path) -> str:
     return (run_folder.read_status(out) or {}).get("phase", "")
 
@@ -109,6 +123,11 @@ def phase(out: Path) -> str:
 def log(out: Path, job: str) -> str:
     """What a job printed."""
     return (out / "slurm" / f"{job}.log").read_text()
+
+
+def continued(out: Path, job: str) -> list[int]:
+    """The steps from which the starts of a job went on, each once."""
+    return list(dict.fromkeys(map(int, re.findall(r"continuing \S+ from step (\d+)", log(out, job)))))
 
 
 def figures(out: Path) -> dict[tuple[int, str], float]:
@@ -136,44 +155,81 @@ def test_a_run_on_two_machines_learns_what_one_machine_learns(desk, alone):
 
 
 def test_a_run_goes_on_whatever_ends_its_job(desk, alone):
-    """The time limit's warning, a machine that loses power, a person who cancels: it goes on from what was saved last, and learns
-    what the run has learnt to which nothing happened."""
+    """The time limit's warning, a job that is more urgent, a machine that loses power, a person who cancels, a process that dies,
+    a job that SLURM ends: it goes on from what was saved last, and learns what the run has learnt to which nothing happened."""
     cluster, out = desk.cluster, desk.folder / "on"
-    job = desk.submit(out)
+    # With restarts: up to a minute after n2 is back, SLURM tells it what it could not while n2 was gone: to end step 1 of this
+    # job, which by then is that of the next start.
+    job = desk.submit(out, "restarts=3")
     desk.until(lambda: steps_done(out) >= 2, job, "two steps")
     cluster.check("scancel", "--signal=USR1", "--batch", job)  # what #SBATCH --signal=B:USR1@300 does
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", PATIENCE, "requeued after the warning")
-    warned = newest(out)
-    assert 2 <= warned == steps_done(out) < STEPS
-    status = run_folder.read_status(out)
-    assert (status["phase"], status["signal"], status["step"]) == ("stopped", "SIGUSR1", warned)
+    warned = saved_when_stopped(out, "SIGUSR1")
+    assert warned >= 2
 
     desk.until(lambda: steps_done(out) > warned, job, "a step after the warning")
+    urgent = cluster.check("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                           "--wrap=true").strip()  # fmt: skip
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", PATIENCE, "requeued for a job that is more urgent")
+    preempted = saved_when_stopped(out, "SIGTERM")
+    assert preempted > warned and desk.ended(urgent)["JobState"] == "COMPLETED"
+
+    desk.until(lambda: steps_done(out) > preempted, job, "a step after it was preempted")
     cluster.crash("n2")
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", PATIENCE, "requeued after a machine died")
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "3", PATIENCE, "requeued after a machine died")
     survived, reached = newest(out), steps_done(out)
-    assert warned <= survived < STEPS
-    assert "(" in desk.jobs("status", "on").split("\n")[2]  # why it waits
+    assert preempted <= survived < STEPS
+    cluster.wait(lambda: "(" in desk.jobs("status", "on").split("\n")[2], PATIENCE, "why it waits")
     cluster.boot("n2")
 
-    desk.until(lambda: phase(out) == "starting", job, "going on")
-    desk.until(lambda: phase(out) != "starting" and steps_done(out) > survived, job, "a step after the machine died")
+    desk.until_it_trains(out, job, beyond=survived)
     assert "running on n[1-2]" in desk.jobs("status", "on")
     assert f"job {job} saves and ends" in desk.jobs("cancel", "on")
     ended = desk.ended(job)
-    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0")
-    cancelled = newest(out)
-    assert survived < cancelled == steps_done(out) < STEPS, (reached, desk.jobs("status", "on"))
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "130:0")
+    cancelled = saved_when_stopped(out, "SIGINT")
+    assert cancelled > survived, (reached, desk.jobs("status", "on"))
 
-    again = re.search(r"as job (\d+)", desk.jobs("resume", "on"))[1]
-    ended = desk.ended(again)
+    first, last = re.search(r"as jobs (\d+) to (\d+)", desk.jobs("resume", "on", "chain=2", "restarts=1")).groups()
+    desk.until_it_trains(out, first, beyond=cancelled)
+    kept = newest(out)
+    worker = max(process for process, line in cluster.processes().items() if line.endswith(f"-m launchers.worker {out}"))
+    cluster.check("kill", "-9", str(worker))
+    desk.until_it_trains(out, first, beyond=kept)
+    cluster.check("scancel", first)  # SLURM ends it, and gives it KillWait for that; what comes next in the chain goes on
+    assert desk.ended(first)["JobState"] == "CANCELLED"
+    ended_by_slurm = saved_when_stopped(out, "SIGTERM")
+    assert ended_by_slurm > kept
+    ended = desk.ended(last)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), desk.jobs("logs", "on", "lines=0")
+
     assert figures(out) == figures(alone)
-    assert run_folder.read_json(out / "summary.json")["steps"] == STEPS
-    assert re.findall(r"continuing \S+ from step (\d+)", log(out, job)) == [str(warned), str(survived)]
-    assert f"continuing {out} from step {cancelled}" in desk.jobs("logs", "on", "lines=0")
-    assert desk.jobs("logs", "on", "rank=1", "lines=0").count(" on n2 starts") == 4
+    summary = run_folder.read_json(out / "summary.json")
+    assert summary["steps"] == STEPS and summary["faults"]["restarts"] >= 1
+    assert continued(out, job) == sorted({warned, preempted, survived})
+    assert continued(out, first) == sorted({cancelled, kept})
+    assert f"continuing {out} from step {ended_by_slurm}" in desk.jobs("logs", "on", "lines=0")
+    assert desk.jobs("logs", "on", "rank=1", "lines=0").count(" on n2 starts") >= 7
     assert f"complete at step {STEPS}" in desk.jobs("status", "on")
+
+
+def test_a_sweep_is_an_array_of_jobs(desk):
+    """Its two runs train at the same time, a machine each, and the last one to end compares them."""
+    out, decays = desk.folder / "sweep", [0.0, 0.5]
+    one_machine = ("nodes=1", "gpus=1", "executor=slurm", "partition=batch", "time=30", "exclusive=true")
+    done = desk.run("steps=4", "val_every=4", "device=cpu", *one_machine, "sweep.weight_decay=[0.0,0.5]", f"out={out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = re.search(r"as job (\d+), an array of 2 points", done.stdout)[1]
+    tasks = [desk.ended(f"{job}_{task}") for task in range(2)]
+    assert [(task["JobState"], task["ExitCode"]) for task in tasks] == [("COMPLETED", "0:0")] * 2, log(out, f"{job}_0")
+    assert {task["NodeList"] for task in tasks} == {"n1", "n2"}
+    points = json.loads((out / "sweep.json").read_text())["points"]
+    assert sorted(point["values"]["weight_decay"] for point in points) == decays
+    assert [point["status"] for point in points] == ["complete"] * 2
+    assert points[0]["val_loss_after"] < points[1]["val_loss_after"]
+    assert desk.jobs("status", "sweep").count("complete at step 4") == 2
+    first_losses = [figures(out / point["name"])[1, "loss"] for point in points]
+    assert first_losses[0] == first_losses[1]  # the decay has not told yet
 
 
 REFUSALS = {
@@ -201,7 +257,7 @@ def test_nothing_is_left_of_a_cluster(tmp_path):
         pytest.skip(reason)
     with slurm_cluster.SlurmCluster(tmp_path, nodes=1) as cluster:
         cluster.popen(["srun", "sleep", "1000"])
-        cluster.wait(lambda: any(line.endswith("/sleep 1000") for line in cluster.processes()), 30, "the job's process")
+        cluster.wait(lambda: any(line.endswith("/sleep 1000") for line in cluster.processes().values()), 30, "the job's process")
     deadline = time.monotonic() + 20  # the kernel ends the rest of a namespace after its first process
     while left := processes_of(tmp_path):
         assert time.monotonic() < deadline, left

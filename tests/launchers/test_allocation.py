@@ -16,8 +16,8 @@ from nemo_ext.errors import RunError, UserError
 SAVED = (5, "checkpoints/step-5")
 
 
-def command(stage=None, executor="allocation"):
-    return grammar.Command(recipe="cpt_llama3", executor=executor, executor_keys={"stage": stage} if stage else {})
+def command(phase=None, executor="allocation"):
+    return grammar.Command(recipe="cpt_llama3", executor=executor, executor_keys={"phase": phase} if phase else {})
 
 
 class TestOutcome:
@@ -104,24 +104,24 @@ class TestSteps:
             carry_out(again)
 
     def test_a_stage_that_is_none(self, carry_out):
-        with pytest.raises(UserError, match="stage=train is none of prepare, finish"):
+        with pytest.raises(UserError, match="phase=train is none of prepare, finish"):
             carry_out(command("train"))
 
 
 def test_three_steps_make_a_run(small, cached, tmp_path, capsys):
     """The real thing in one process a machine, without a cluster; the second prepare finds the run complete."""
     keys = [*small.keys, "steps=4", "device=cpu", "gpus=1", "nodes=1", f"out={tmp_path / 'run'}", "executor=allocation"]
-    assert run.main([*keys, "stage=prepare"]) == 0
+    assert run.main([*keys, "phase=prepare"]) == 0
     assert not (tmp_path / "run" / run_folder.METRICS).exists()
     worker = [sys.executable, "-m", "launchers.worker", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0",
                    "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # fmt: skip
     subprocess.run(worker, env=environment, check=True, cwd=run.folder.__file__.rpartition("/launchers/")[0])
-    assert run.main([*keys, "stage=finish"]) == 0
+    assert run.main([*keys, "phase=finish"]) == 0
     summary = run_folder.read_json(tmp_path / "run" / run_folder.SUMMARY_JSON)
     assert summary["steps"] == 4 and summary["resumed_from_step"] == 0
     capsys.readouterr()
-    assert run.main([*keys, "stage=prepare"]) == allocation.COMPLETE
+    assert run.main([*keys, "phase=prepare"]) == allocation.COMPLETE
     assert "is complete at step 4" in capsys.readouterr().out
 
 
@@ -129,8 +129,8 @@ def test_signals_to_all_processes_of_a_step_leave_the_checkpoint_writers_queue_a
     """SLURM signals what multiprocessing started anew too: the last checkpoint goes through it."""
     check = (
         "import runpy, signal; runpy.run_path('launchers/worker.py', run_name='__mp_main__'); "
-        "print(*(signal.getsignal(each).name for each in (signal.SIGTERM, signal.SIGUSR1)))"
+        "print(*(signal.getsignal(each).name for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))"
     )
     root = run.folder.__file__.rpartition("/launchers/")[0]
     done = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True)
-    assert done.stdout == "SIG_IGN SIG_IGN\n", done.stderr
+    assert done.stdout == "SIG_IGN SIG_IGN SIG_IGN\n", done.stderr

@@ -114,6 +114,10 @@ def test_killed_and_gone_on_with_like_one_that_was_left_alone(keys, tmp_path, ca
         ("trainer.max_steps=8", "unknown key trainer.max_steps"),
         ("nemo_rl.grpo.seed=8", "the embedded engine has no fields beside its keys"),
         ("gpu_memory=0.01", "does not fit"),
+        ("on_spike=skip", "on_spike= is not for grpo_llama3: the loss of a policy is about zero at every step"),
+        ("straggler_factor=2", "straggler_factor= is not for grpo_llama3: the embedded engine is one process"),
+        ("on_nan=perhaps", "on_nan=perhaps is none of stop, skip, rollback"),
+        ("restarts=-1", "restarts=-1 must not be negative"),
     ],
 )
 def test_bad_input_stops_with_one_line(keys, tmp_path, capsys, more, words):

@@ -89,8 +89,27 @@ sys.exit(worker.main(Path(sys.argv[1])))
     assert "another command is running there" in (tmp_path / "logs" / "rank0.log").read_text()
 
 
-def test_a_warning_during_start_up_is_kept_until_training_can_take_it(tmp_path):
-    """SIGUSR1 would end a Python that has no handler yet."""
+@pytest.mark.parametrize(("started_by", "kept"), [({"RANK": "1"}, "SIGUSR1"), (STEP, "SIGINT SIGTERM SIGUSR1")])
+def test_signals_that_are_kept_during_start_up(tmp_path, started_by, kept):
+    """Not SIGTERM under torchrun, which ends by it what is left when a process has died."""
+    code = """
+import signal, sys
+from pathlib import Path
+from launchers import worker
+
+def train(job, run_dir):
+    (run_dir / "kept").write_text(" ".join(sorted(each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, []))))
+
+worker.train = train
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | started_by
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, timeout=120).returncode == 0
+    assert (tmp_path / "kept").read_text() == kept
+
+
+def test_a_signal_during_start_up_is_kept_until_training_can_take_it(tmp_path):
+    """It would end a Python that has no handler yet. Of two, that of the person counts and not that of the cluster."""
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -99,17 +118,18 @@ from launchers import worker
 from nemo_ext import platform
 
 def train(job, run_dir):
-    os.kill(os.getpid(), signal.SIGUSR1)
+    for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), each)
     platform.activate()
     from nemo_ext.callbacks.stop import StopOnSignal
     stop = StopOnSignal()
     assert stop.received is None
     stop.setup(None, None, "fit")
-    assert stop.received == signal.SIGUSR1
+    assert stop.received == signal.SIGINT
 
 with mock.patch.object(worker, "train", train):
     sys.exit(worker.main(Path(sys.argv[1])))
 """
-    environment = {**os.environ, "RANK": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **STEP}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, timeout=120)
-    assert done.returncode == 0, (tmp_path / "logs" / "rank1.log").read_text()
+    assert done.returncode == 0, (tmp_path / "logs" / "rank11.log").read_text()

@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit is refused before any of it is written."""
+"""What is not saved: a checkpoint that does not fit, before any of it is written, and a run that has learnt nothing."""
 
 from types import SimpleNamespace
 
@@ -39,3 +39,16 @@ def test_no_save_without_space(tmp_path, monkeypatch):
     callback.save(trainer)
     assert saves == ["step-000004.partial", "step-000008.partial"]
     assert [path.name for path in folder.iterdir()] == ["step-000008"]
+
+
+def test_a_run_that_ends_before_its_first_step_saves_nothing(tmp_path):
+    """The model as it came is what the same command begins with anyway."""
+    trainer = SimpleNamespace(global_step=0, is_global_zero=True, save_checkpoint=None)
+    callback = checkpoint.AtomicCheckpoint(str(tmp_path / "checkpoints"), every=4, keep=1, async_save=False)
+    callback.setup(trainer, None, "fit")
+    callback.on_train_end(trainer, None)
+    assert not (tmp_path / "checkpoints").exists()
+    (tmp_path / "checkpoints" / "step-000008").mkdir(parents=True)
+    trainer.global_step = 8
+    callback.setup(trainer, None, "fit")
+    callback.on_train_end(trainer, None)  # nor one that has only gone on

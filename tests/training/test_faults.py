@@ -2,12 +2,13 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
 
 from nemo_ext import faults, report, run_folder
-from nemo_ext.callbacks.stragglers import ratios
+from nemo_ext.callbacks.stragglers import PERSISTENT, WINDOW, Stragglers, ratios
 from nemo_ext.callbacks.watchdog import late
 
 KEYS = dict(steps=8, every=4, keep=3, val_every=8)
@@ -112,10 +113,31 @@ def test_a_slow_rank_is_named(runs):
 
 
 def test_ranks_are_compared_with_their_own_stage():
-    found = ratios([(1.0, 0), (4.0, 1), (2.0, 0), (4.0, 1), (1.0, 0), (4.0, 1)])
+    found = ratios([([1.0], 0), ([4.0], 1), ([2.0], 0), ([4.0], 1), ([1.0], 0), ([4.0], 1)])
     assert found == [1.0, 1.0, 2.0, 1.0, 1.0, 1.0]
-    assert ratios([(1.0, 0), (2.0, 0)]) == [1.0, 2.0]  # one of two
-    assert ratios([(0.0, 0), (0.0, 0)]) == [1.0, 1.0]
+    assert ratios([([1.0], 0), ([2.0], 0)]) == [1.0, 2.0]  # one of two
+    assert ratios([([0.0], 0), ([0.0], 0)]) == [1.0, 1.0]
+    assert ratios([([1.0, 3.0, 2.0], 0), ([2.0, 30.0, 4.0], 0)]) == [1.0, 2.0]  # by steps, which differ
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_busy_machine_accuses_nobody_and_hides_nobody(ranks, tmp_path):
+    """Every fifth step of every rank takes up to twenty times as long; in the second half rank 1 is slow besides."""
+    draw = random.Random(7)
+    innocent, slow = (Stragglers(str(tmp_path), factor=1.5) for _ in range(2))
+    (tmp_path / "faults.jsonl").touch()
+
+    def window(slowness):
+        stalled = lambda: draw.uniform(1, 20) if draw.random() < 1 / 5 else draw.uniform(1, 1.2)  # noqa: E731
+        return ratios([([stalled() * (slowness if rank == 1 else 1) for _ in range(WINDOW)], 0) for rank in range(ranks)])
+
+    for number in range(300):
+        innocent._judge(window(1.0), number)
+    assert faults.read(tmp_path) == []
+    for number in range(4 * PERSISTENT):
+        slow._judge(window(2.5), number)
+    (found,) = faults.read(tmp_path)
+    assert found["rank"] == 1 and 1.5 < found["ratio"]
 
 
 def test_who_did_not_arrive():

@@ -16,7 +16,7 @@ def steps(tmp_path, monkeypatch):
     (tmp_path / "settings.yaml").write_text("recipe: grpo_llama3\nengine: nemo_rl\nnemo_rl_version: v0.5.0\nout: /data/run\n")
     found = SimpleNamespace(done=[], codes={}, settings=str(tmp_path / "settings.yaml"))
 
-    def stage(name, settings):
+    def phase(name, settings):
         found.done.append(name)
         return found.codes.get(name, 0)
 
@@ -26,7 +26,7 @@ def steps(tmp_path, monkeypatch):
         found.done.append("train")
         return subprocess.CompletedProcess(command, found.codes.get("train", 0))
 
-    monkeypatch.setattr(driver, "stage", stage)
+    monkeypatch.setattr(driver, "phase", phase)
     monkeypatch.setattr(driver.subprocess, "run", run)
     return found
 

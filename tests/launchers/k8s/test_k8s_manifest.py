@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from k8s_commands import BARE
 from kubernetes_check import TYPES, wrong
 
 from launchers import grammar
@@ -38,15 +39,6 @@ TYPES |= {
 }  # fmt: skip
 ROOTS = {"Job": "V1Job", "ConfigMap": "V1ConfigMap", "PyTorchJob": "KubeflowOrgV1PyTorchJob", "RayJob": "RayJob"}
 VERSIONS = {"Job": "batch/v1", "ConfigMap": "v1", "PyTorchJob": "kubeflow.org/v1", "RayJob": "ray.io/v1"}
-BARE = [
-    "recipe=cpt_llama3",
-    "gpus=8",
-    "model=hf:/data/model",
-    "executor=k8s",
-    "image=r/i:1",
-    "volumes=[c:/data]",
-    "out=/data/run",
-]
 FULL = [
     "recipe=sft_llama3", "gpus=4", "nodes=3", "model=hf:/models/m", "executor=k8s", "image=r/i:1", "out=/data/runs/My_Run.1",
     "volumes=[c:/data,m:/models:ro,c:/more]", "namespace=team", "context=ctx", "cpus=32", "memory=500Gi", "shm=64Gi",

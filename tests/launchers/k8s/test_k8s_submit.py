@@ -10,20 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from k8s_commands import BARE
 
 from launchers import registry, run
 from launchers.k8s import jobs, submit
 from nemo_ext.errors import RunError, UserError
 
-BARE = [
-    "recipe=cpt_llama3",
-    "gpus=8",
-    "model=hf:/data/model",
-    "executor=k8s",
-    "image=r/i:1",
-    "volumes=[c:/data]",
-    "out=/data/run",
-]
 # Answers `get KIND [NAME]` from KIND.json, which is an object, a list, or "forbidden"; the rest is noted in calls.jsonl.
 STUB = """#!{python}
 import json, sys

@@ -87,7 +87,7 @@ def test_cancel_takes_waiting_jobs_first_and_lets_running_ones_save(cluster, min
     cluster.answer("squeue", "100|RUNNING|3:10|16:50|node[1-2]|None\n101|PENDING|0:00|20:00||Dependency\n")
     code, out, _ = act("cancel", "mine")
     assert code == 0 and out.startswith("job 101 is cancelled\njob 100 saves and ends\n") and "jobs.py resume mine" in out
-    assert cluster.calls("scancel") == [["101"], ["--signal=TERM", "100"]]
+    assert cluster.calls("scancel") == [["101"], ["--signal=INT", "100"]]
     act("cancel", "mine", "now=true")
     assert cluster.calls("scancel")[2:] == [["101"], ["100"]]
     cluster.answer("squeue", "")

@@ -106,11 +106,11 @@ def test_ray_needs_pyxis():
 SRUN = """
 import signal, time
 words = sys.argv[1:]
-stage = next((word.partition("=")[2] for word in words if word.startswith("stage=")), "train")
-stage = "probe" if words[-1] == "true" else stage
-seen = [stage, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["A"], words]
+phase = next((word.partition("=")[2] for word in words if word.startswith("phase=")), "train")
+phase = "probe" if words[-1] == "true" else phase
+seen = [phase, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["A"], words]
 log = lambda: open(os.path.join(folder, "steps"), "a").write(json.dumps(seen) + "\\n")
-if stage == "train":
+if phase == "train":
     got = []
     signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
     log()
@@ -118,8 +118,8 @@ if stage == "train":
         time.sleep(0.02)
 else:
     log()
-codes = os.environ.get(stage.upper(), "0").split()  # of its first call, its second ...; the last one stays
-before = sum(json.loads(line)[0] == stage for line in open(os.path.join(folder, "steps"))) - 1
+codes = os.environ.get(phase.upper(), "0").split()  # of its first call, its second ...; the last one stays
+before = sum(json.loads(line)[0] == phase for line in open(os.path.join(folder, "steps"))) - 1
 sys.exit(int(codes[min(before, len(codes) - 1)]))
 """
 
@@ -139,7 +139,7 @@ class Runs:
     def start(self, job=None, prepare=0, train=0, finish=0, wait="no", **more) -> subprocess.Popen:
         environment = {**os.environ, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "123456", "SLURM_CPUS_ON_NODE": "32",
                        "PREPARE": str(prepare), "TRAIN": str(train), "FINISH": str(finish), "WAIT": wait, **more}  # fmt: skip
-        text = script.render(job or self.job).replace("sleep 60", "sleep 0")
+        text = script.render(job or self.job).replace("exec sleep 60", 'exit "$1"')
         file = self.folder / "job.sbatch"
         file.write_text(text)
         return subprocess.Popen(["bash", str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -153,7 +153,7 @@ class Runs:
         file = self.folder / "steps"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def stages(self) -> list[str]:
+    def phases(self) -> list[str]:
         return [step[0] for step in self.steps()]
 
     def requeued(self) -> bool:
@@ -173,7 +173,7 @@ def test_hostile_names_reach_the_steps_as_they_are(runs, tmp_path):
     python = runs.job.python
     settings = f"config={runs.run}/slurm/settings.yaml"
     assert prepare[4][prepare[4].index(python) :] == [
-        python, f"{runs.job.project}/launchers/run.py", settings, "executor=allocation", "stage=prepare",
+        python, f"{runs.job.project}/launchers/run.py", settings, "executor=allocation", "phase=prepare",
     ]  # fmt: skip
     assert train[4][train[4].index(python) :] == [python, "-m", "launchers.worker", str(runs.run)]
     assert "--ntasks-per-node=8" in train[4] and "--nodes=2" in train[4] and "--kill-on-bad-exit=1" in train[4]
@@ -182,7 +182,7 @@ def test_hostile_names_reach_the_steps_as_they_are(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ends", "stages", "code", "requeued"),
+    ("ends", "phases", "code", "requeued"),
     [
         ({"prepare": script.COMPLETE}, ["prepare"], 0, False),
         ({"prepare": 2}, ["prepare"], 2, False),
@@ -192,19 +192,32 @@ def test_hostile_names_reach_the_steps_as_they_are(runs, tmp_path):
             1,
             False,
         ),  # were a machine dead, the probe would wait
-        ({"finish": 143}, ["prepare", "train", "finish"], 143, False),  # cancelled
+        ({"finish": 130}, ["prepare", "train", "finish"], 130, False),  # cancelled
+        ({"prepare": 130}, ["prepare"], 130, False),
         ({"finish": 138}, ["prepare", "train", "finish"], 138, True),  # the time limit
+        ({"finish": 143}, ["prepare", "train", "finish"], 143, True),  # preempted
+        ({"prepare": 143}, ["prepare"], 143, True),
     ],
 )
-def test_what_follows_how_a_step_ends(runs, ends, stages, code, requeued):
+def test_what_follows_how_a_step_ends(runs, ends, phases, code, requeued):
     assert runs(**ends)[0] == code
-    assert runs.stages() == stages and runs.requeued() is requeued
+    assert runs.phases() == phases and runs.requeued() is requeued
+
+
+@pytest.mark.parametrize(("when", "requeued"), [("2026-11-23T02:26:33", True), ("None", False)])
+def test_what_fails_because_it_is_preempted_starts_again(runs, when, requeued):
+    """A step that SIGTERM ends before it can save."""
+    runs.cluster.answer(
+        "scontrol", f"node7\nnode8\nJobId=123456 PreemptEligibleTime=2026-11-23T02:26:29 PreemptTime={when} A=1\n"
+    )
+    assert runs(train=143, finish=1)[0] == 1
+    assert runs.requeued() is requeued
 
 
 def test_workers_that_failed_start_again_in_the_same_job(runs):
     job = dataclasses.replace(runs.job, restarts=2)
     assert runs(job, train="1 0", finish=f"{AGAIN} 0")[0] == 0
-    assert runs.stages() == ["prepare", "train", "probe", "finish", "prepare", "train", "finish"]
+    assert runs.phases() == ["prepare", "train", "probe", "finish", "prepare", "train", "finish"]
     assert [step[4][-1] for step in runs.steps() if step[0] == "finish"] == ["starts_left=2", "starts_left=1"]
 
 
@@ -216,11 +229,25 @@ def test_a_chain_does_not_requeue(runs):
 def test_the_warning_before_the_time_limit_reaches_the_workers(runs):
     process = runs.start(wait="yes", finish=138)
     deadline = time.monotonic() + 20
-    while "train" not in runs.stages() and time.monotonic() < deadline:
+    while "train" not in runs.phases() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)  # SLURM's, to the batch shell
     assert process.wait(20) == 138
-    assert runs.stages() == ["prepare", "train", "finish"] and runs.requeued()
+    assert runs.phases() == ["prepare", "train", "finish"] and runs.requeued()
+
+
+def test_what_slurm_ends_waits_for_the_workers_and_leaves_the_rest_to_slurm(runs):
+    """scancel, scontrol requeue, the end of the time: SLURM tells the steps and the batch shell."""
+    process = runs.start(wait="yes", train=0)
+    deadline = time.monotonic() + 20
+    while "train" not in runs.phases() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):  # the workers save
+        process.wait(0.3)
+    process.send_signal(signal.SIGUSR1)  # this stand-in for srun ends at once
+    process.wait(20)
+    assert runs.phases() == ["prepare", "train"] and not runs.requeued()
 
 
 def test_a_task_of_an_array_takes_its_own_run(runs, tmp_path):
@@ -242,7 +269,7 @@ RAY_SRUN = """
 words = " ".join(sys.argv[1:])
 kinds = {"--head": "head", "--address": "worker", "ray status": "status", "nemo_rl.train": "driver"}
 kind = next((kind for word, kind in kinds.items() if word in words), None)
-kind = kind or next(word.partition("=")[2] for word in sys.argv if word.startswith("stage="))
+kind = kind or next(word.partition("=")[2] for word in sys.argv if word.startswith("phase="))
 steps = os.path.join(folder, "steps")
 with open(steps, "a") as file:
     file.write(f"{kind} {os.environ.get('RAY_HEAD')} {sys.argv[-1] if kind == 'driver' else ''}".strip() + "\\n")
@@ -269,10 +296,11 @@ def test_ray_starts_in_order_and_ends(cluster, tmp_path):
         (cluster.bin / name).write_text(f"#!/bin/bash\n{content}\n")
         (cluster.bin / name).chmod(0o755)
     job = with_keys(RAY, runs=(tmp_path / "run",))
-    text = ray.render(dataclasses.replace(job, keys=ray.settle(job.keys, "v0.8.0")), "v0.8.0").replace("sleep 60", "sleep 0")
+    text = ray.render(dataclasses.replace(job, keys=ray.settle(job.keys, "v0.8.0")), "v0.8.0")
+    text = text.replace("exec sleep 60", 'exit "$1"')
     environment = {**os.environ, "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "1", "SLURM_CPUS_ON_NODE": "8"}
     done = subprocess.run(["bash"], input=text, text=True, env=environment, timeout=20, capture_output=True)
-    assert done.returncode == 138, done.stderr  # stage=finish's
+    assert done.returncode == 138, done.stderr  # phase=finish's
     steps = (folder / "steps").read_text().splitlines()
     assert steps[0] == "prepare None"
     assert set(steps[1:4]) == {"head 10.0.0.1", "worker 10.0.0.1", "status 10.0.0.1"}

@@ -33,11 +33,11 @@ def test_a_run_is_submitted_and_written_down(cluster, submit, tmp_path):
         "recipe": "pretrain_custom", "layers": 2, "hidden": 64, "heads": 4, "device": "cpu", "nodes": 2, "gpus": 1, "lr": 1e-3,
         "data": str(tmp_path / "docs.jsonl"), "out": str(home), "trainer.strategy.a": 1,
     }  # fmt: skip
-    step = grammar.parse([f"config={home / 'slurm' / 'settings.yaml'}", "executor=allocation", "stage=finish"])
+    step = grammar.parse([f"config={home / 'slurm' / 'settings.yaml'}", "executor=allocation", "phase=finish"])
     assert (
         step.keys["out"] == str(home)
         and step.overrides == {"trainer.strategy.a": 1}
-        and step.executor_keys == {"stage": "finish"}
+        and step.executor_keys == {"phase": "finish"}
     )
     record = run_folder.read_json(home / "slurm" / "submission.json")
     assert record["jobs"] == ["100"] and record["runs"] == [str(home)] and record["executor_keys"] == {"time": "20:00"}

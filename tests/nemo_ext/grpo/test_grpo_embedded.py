@@ -1,13 +1,15 @@
 """A run of the embedded engine in this process: what it writes, and that it goes on where it was."""
 
+import datetime
 import json
+import os
 import signal
 
 import pytest
 import torch
 from grpo_models import prepare
 
-from nemo_ext import run_folder
+from nemo_ext import faults, run_folder
 from nemo_ext.errors import RunError
 from nemo_ext.grpo import difficulty, embedded, evaluation
 from nemo_ext.grpo.data import Problems
@@ -33,6 +35,20 @@ def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_a_group_of_one_waits_for_no_agent(monkeypatch):
+    """vLLM makes a group of its own in a process that torchrun started: with the agent's variables it would wait for a store."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    embedded.leave_group()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    patience = datetime.timedelta(seconds=10)
+    store, *place = next(torch.distributed.rendezvous("env://", timeout=patience))
+    store.set("key", "value")
+    assert store.get("key") == b"value" and place == [0, 1]
 
 
 SETTINGS = dict(reward="length:100,numeric:0.5", kl=0.05, micro_batch=6, warmup=1, schedule="cosine", min_lr=1e-4)
@@ -118,6 +134,25 @@ def test_a_run_that_died_goes_on_exactly(whole, tiny, sums, tmp_path, monkeypatc
         assert [record["loss"] for record in found[0]] == [record["loss"] for record in expected[0]]
 
 
+def test_a_watchdog_sees_how_far_it_comes(tiny, sums, tmp_path, monkeypatch):
+    from nemo_ext.callbacks.watchdog import Watchdog
+
+    places, come = [], Watchdog.come
+
+    def noted(self, place, slow=False):
+        assert slow  # sampling takes as long as its longest answer
+        places.append((self.step, place))
+        come(self, place, slow)
+
+    keys = prepare(tmp_path, tiny, sums, **SETTINGS, steps=2, every=2, val_every=2, hang_timeout=300.0)
+    monkeypatch.setattr(Watchdog, "come", noted)
+    embedded.train(keys, tmp_path, str(tiny))
+    assert places[0] == (0, "loading") and {(0, "evaluating"), (0, "generation"), (2, "saving")} <= set(places)
+    for step in (1, 2):
+        assert [place for at, place in places if at == step][:4] == ["generation", "scoring", "training", "training"]
+    assert list((tmp_path / "logs").glob("*.stacks")) == []  # it looks away at the end
+
+
 def test_a_signal_ends_it_saved_after_the_step(whole, tiny, sums, tmp_path, monkeypatch):
     keys = prepare(tmp_path, tiny, sums, **SETTINGS)
     score, batches = Reward.score, []
@@ -131,7 +166,8 @@ def test_a_signal_ends_it_saved_after_the_step(whole, tiny, sums, tmp_path, monk
     with monkeypatch.context() as patched:
         patched.setattr(Reward, "score", signalled)
         embedded.train(keys, tmp_path, str(tiny))
-    assert run_folder.read_status(tmp_path)["phase"] == "stopped"
+    status = run_folder.read_status(tmp_path)
+    assert (status["phase"], status["signal"]) == ("stopped", "SIGTERM")
     assert run_folder.newest_checkpoint(tmp_path / "checkpoints")[0] == 3
     embedded.train(keys, tmp_path, str(tiny), str(tmp_path / "checkpoints" / "step-000003"))
     same(weights(tmp_path, 6), weights(whole, 6))
@@ -153,6 +189,56 @@ def test_a_loss_that_is_no_number_ends_it(tiny, sums, tmp_path):
     with pytest.raises(RunError, match=r"(the loss|the gradient norm) is (nan|inf) at step \d"):
         embedded.train(keys, tmp_path, str(tiny))
     assert run_folder.checkpoints(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    ("on_nan", "counted"), [("skip", {"skipped_steps": 1}), ("rollback", {"rollbacks": 1, "rolled_back": 1})]
+)
+def test_a_step_that_is_no_number_is_kept_out(whole, tiny, sums, tmp_path, monkeypatch, on_nan, counted):
+    """The fourth step's loss: weights and Adam's states are those of step 3, or of the checkpoint, and the schedule goes on."""
+    from nemo_ext.grpo.trainer import Trainer
+
+    keys = prepare(tmp_path, tiny, sums, **SETTINGS, on_nan=on_nan, every=1 if on_nan == "skip" else 3, keep=6)
+    compute_loss = Trainer.compute_loss
+
+    def broken(self, *arguments, **named):
+        return compute_loss(self, *arguments, **named) * (float("nan") if self.state.global_step == 3 else 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "compute_loss", broken)
+        embedded.train(keys, tmp_path, str(tiny))
+    assert faults.counts(tmp_path) == counted
+    steps, expected = (run_folder.read_records(folder)[0] for folder in (tmp_path, whole))
+    assert [record["lr"] for record in steps] == [record["lr"] for record in expected]
+    assert [record["loss"] for record in steps[:3]] == [record["loss"] for record in expected[:3]]
+    assert steps[3]["loss"] is None and steps[3]["skipped"] is True and steps[3]["reward"] == expected[3]["reward"]
+    assert all(isinstance(record["loss"], float) and "skipped" not in record for record in steps[4:])
+    if on_nan == "skip":
+        same(weights(tmp_path, 4), weights(tmp_path, 3))
+        moments = [torch.load(tmp_path / f"checkpoints/step-00000{step}/optimizer.pt")["state"] for step in (3, 4)]
+        same(*({(i, name): value for i, state in each.items() for name, value in state.items()} for each in moments))
+        after, before = weights(tmp_path, 5), weights(tmp_path, 4)
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_weights_that_are_broken_go_back_to_the_checkpoint(whole, tiny, sums, tmp_path, monkeypatch):
+    """Which leaving out a step would not heal: after step 4 the run is where step 3 left it."""
+    from nemo_ext.grpo.trainer import Trainer
+
+    keys = prepare(tmp_path, tiny, sums, **SETTINGS, on_nan="rollback", every=1, keep=6)
+    step = Trainer.training_step
+
+    def broken(self, model, *rest, **named):
+        if self.state.global_step == 3:
+            next(model.parameters()).data.view(-1)[0] = float("nan")
+        return step(self, model, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", broken)
+        embedded.train(keys, tmp_path, str(tiny))
+    same(weights(tmp_path, 4), weights(tmp_path, 3))
+    assert faults.counts(tmp_path) == {"rollbacks": 1, "rolled_back": 1}
+    assert all(isinstance(record["loss"], float) for record in run_folder.read_records(tmp_path)[0][4:])
 
 
 def test_failures_of_a_reward_are_counted(tiny, sums, tmp_path):

@@ -10,10 +10,10 @@ from launchers.allocation import COMPLETE, FINISH, PREPARE
 from launchers.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-__all__ = ["COMPLETE", "FINISH", "PREPARE", "stage"]
+__all__ = ["COMPLETE", "FINISH", "PREPARE", "phase"]
 
 
-def stage(name: str, settings: Path) -> int:
+def phase(name: str, settings: Path) -> int:
     """Run a step with the settings in a file; its exit code."""
-    command = [sys.executable, str(ROOT / "launchers" / "run.py"), f"config={settings}", "executor=allocation", f"stage={name}"]
+    command = [sys.executable, str(ROOT / "launchers" / "run.py"), f"config={settings}", "executor=allocation", f"phase={name}"]
     return subprocess.run(command, cwd=ROOT, preexec_fn=die_with_parent).returncode
