@@ -9,9 +9,9 @@ import pytest
 
 # Files of few tests that take minutes: processes that share the files among them begin with these, so that none is left over.
 SLOWEST = (
-    "test_slurm_real.py", "test_layouts.py", "test_run.py", "test_run_faults.py", "test_dora.py", "test_adapters.py",
-    "test_qlora.py", "test_adalora_fourierft.py", "test_mixture_of_experts.py", "test_faults.py", "test_k8s_pods.py",
-    "test_run_grpo.py",
+    "test_slurm_real.py", "test_run_faults.py", "test_run.py", "test_layouts.py", "test_neva.py", "test_adapters.py",
+    "test_dora.py", "test_run_chat.py", "test_run_adapter.py", "test_adalora_fourierft.py", "test_k8s_pods.py",
+    "test_run_grpo.py", "test_qlora.py", "test_mixture_of_experts.py", "test_faults.py",
 )  # fmt: skip
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
+import random
 from pathlib import Path
 from unittest import mock
 
+import layouts
 import pytest
+from nemo_processes import run_group
 
 from nemo_ext import platform
 
 platform.activate()
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 512
 SEQ = 64
 
@@ -46,6 +45,25 @@ def corpus(tokenizer, tmp_path_factory):
     text = folder / "docs.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for _, t in zip(range(40), _texts(stdlib_docs), strict=False)))
     return corpus.prepare(sources.parse(str(text)), tokenizer, folder / "cache", heldout=0.1, seq_length=SEQ, workers=1)
+
+
+@pytest.fixture(scope="session")
+def chats(tokenizer, tmp_path_factory):
+    """Two hundred conversations of a question and an answer of a few words, tokenised."""
+    from nemo_ext.data.chat.render import Settings
+    from nemo_ext.data.chat.store import prepare
+    from nemo_ext.data.sources import RECORDS, parse
+
+    folder, rng = tmp_path_factory.mktemp("chats"), random.Random(1)
+    words = "def class return import the of a string list value is in not module function argument".split()
+
+    def text():
+        return " ".join(rng.choices(words, k=rng.randint(1, 4)))
+
+    records = [{"messages": [{"role": r, "content": text()} for r in ("user", "assistant")]} for _ in range(200)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sources = parse(str(folder / "chat.jsonl"), RECORDS)
+    return prepare(sources, tokenizer, folder / "cache", Settings(SEQ), heldout=0.1, workers=1)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +106,7 @@ def models(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, tokenizer, corpus, models):
-    """train(cases, processes) -> folder: run layouts.py once for all cases; losses(folder, case) reads one."""
+    """train(cases, processes) -> folder: `layouts.train_all` in that many new processes; losses(folder, case) reads one."""
     keys = dict(device="cpu", seq=SEQ, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2,
                 every=100,
                 precision="fp32", tensorboard=False)  # fmt: skip
@@ -103,13 +121,7 @@ def train(tmp_path_factory, tokenizer, corpus, models):
             "tokenizer": str(tokenizer),
             "blend": corpus.blend(),
         }
-        file = out / f"plan{processes}.json"
-        file.write_text(json.dumps(plan))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                   str(Path(__file__).with_name("layouts.py")), str(file)]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run_group(processes, layouts.train_all, plan, log=out / f"processes{processes}.log")
         return out
 
     return run

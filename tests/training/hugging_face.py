@@ -1,6 +1,5 @@
 """The independent reference of the training tests: Hugging Face's model, torch's AdamW, a plain loop over the same samples."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from nemo_ext.schedule import schedule_factor
 
 
-def train(folder: Path, corpus, index_cache: Path, steps: int, warmup: int) -> Iterator[tuple[float, float]]:
+def train(folder: Path, corpus, index_cache: Path, steps: int, warmup: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step with the keys of conftest's runs: 8 sequences of 64 tokens, lr 1e-3, cosine to 1e-4."""
     from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ def train(folder: Path, corpus, index_cache: Path, steps: int, warmup: int) -> I
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    found = []
     for step in range(steps):
         samples = [data[8 * step + i] for i in range(8)]
         tokens, labels = (torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in ("tokens", "labels"))
@@ -34,4 +34,5 @@ def train(folder: Path, corpus, index_cache: Path, steps: int, warmup: int) -> I
             group["lr"] = 1e-3 * factor
         optimizer.step()
         optimizer.zero_grad()
-        yield loss.item(), norm.item()
+        found.append((loss.item(), norm.item()))
+    return found

@@ -1,24 +1,22 @@
-"""Trains one small Llama under several layouts in the same processes; each case writes a run's folder.
+"""Trains small models under several layouts in the same processes; each case writes a run's folder.
 
-Run by torchrun (tests/training/conftest.py); argument: a JSON file with the common paths and the cases. Start-up of NeMo is
-paid once: between cases the model-parallel groups are built anew.
+`train_all` is called in every process of a group (tests/training/conftest.py). Between cases the model-parallel groups are built
+anew.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
-import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 
-def main(file: Path) -> None:
-    from nemo_ext import platform
-
-    platform.activate()
+def train_all(plan: dict) -> None:
+    """Train `plan`'s cases one after the other; it has their common keys and paths too."""
     import fiddle as fdl
     import injected_faults
     import nemo_run as run
@@ -30,7 +28,6 @@ def main(file: Path) -> None:
 
     torch.set_num_threads(1)
     set_up_again()
-    plan = json.loads(file.read_text())
     for case in plan["cases"]:
         out = Path(plan["out"]) / case["name"]
         keys = {**plan["keys"], "gpus": int(os.environ["WORLD_SIZE"]), **case.get("keys", {})}
@@ -128,12 +125,44 @@ def probe(out: Path):
     return run.Config(Probe, out=str(out))
 
 
+class Groups:
+    """torch's process groups, of which a case takes those that cases before it have made, one for each that it asks for.
+
+    The threads of a gloo group wake up a hundred times a second as long as the process lives, closed or not: left to pile up,
+    those of thirty cases take more time than the cases.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[tuple, list] = defaultdict(list)
+        self.taken: dict[tuple, int] = defaultdict(int)
+
+    def install(self) -> None:
+        import torch
+
+        self.new_group, torch.distributed.new_group = torch.distributed.new_group, self.take
+
+    def take(self, ranks=None, *unused, backend=None, **options):
+        """As torch.distributed.new_group, which all ranks call in the same order."""
+        kind = (tuple(ranks) if ranks is not None else None, backend)
+        if self.taken[kind] == len(self.made[kind]):
+            self.made[kind].append(self.new_group(ranks, *unused, backend=backend, **options))
+        self.taken[kind] += 1
+        return self.made[kind][self.taken[kind] - 1]
+
+    def begin_case(self) -> None:
+        self.taken.clear()
+
+
+GROUPS = Groups()
+
+
 def set_up_again() -> None:
     """Make NeMo's strategy build its model-parallel groups also where the world exists already, from the last case."""
     import torch
     from nemo.lightning import MegatronStrategy
     from nemo.lightning._strategy_lib import init_model_parallel
 
+    GROUPS.install()
     first_time = MegatronStrategy.setup_distributed
 
     def setup_distributed(self):
@@ -148,7 +177,7 @@ def set_up_again() -> None:
 
 
 def reset() -> None:
-    """Forget the model-parallel groups and NeMo's record of them. The world stays: closed gloo groups leave threads that spin."""
+    """Forget the model-parallel groups and NeMo's record of them. The world and torch's groups stay."""
     import megatron.core.num_microbatches_calculator as calculator
     import torch
     from megatron.core import parallel_state
@@ -156,10 +185,8 @@ def reset() -> None:
     from nemo.utils.metaclasses import Singleton
 
     torch.distributed.barrier()
-    parallel_state.destroy_model_parallel()
+    with mock.patch.object(torch.distributed, "destroy_process_group"):
+        parallel_state.destroy_model_parallel()
+    GROUPS.begin_case()
     calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR = None
     Singleton._Singleton__instances.pop(AppState, None)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from test_adapters import ALL, chats, rows  # noqa: F401
-from test_layouts import assert_same, losses
+from test_adapters import ALL, rows
+from test_layouts import assert_follows, assert_same, losses
 
 from nemo_ext import run_folder
 from nemo_ext.schedule import schedule_factor
@@ -31,7 +31,7 @@ PLACES = {"adapter_q": "q_proj", "adapter_k": "k_proj", "adapter_v": "v_proj", "
 
 
 @pytest.fixture(scope="module")
-def runs(train, chats):  # noqa: F811
+def runs(train, chats):
     """All cases of one process and of two, by method and name."""
 
     def case(method, name, keys, **other):
@@ -113,17 +113,7 @@ def allocations(folder, name):
     return {r["step"]: r["ranks"] for r in map(json.loads, lines) if "ranks" in r}
 
 
-def assert_equal_to(runs, names, theirs, learnt):
-    for name in names:
-        ours, _, norms = losses(runs, name)
-        assert sorted(ours) == list(range(1, STEPS + 1))
-        for step, (loss, norm) in enumerate(theirs, 1):
-            assert ours[step] == pytest.approx(loss, abs=1e-4), (name, step)
-            assert norms[step] == pytest.approx(norm, rel=1e-3), (name, step)
-    assert theirs[-1][0] < theirs[0][0] - learnt
-
-
-def test_twenty_steps_of_adalora_and_its_ranks_equal_pefts(runs, models, chats, tokenizer):  # noqa: F811
+def test_twenty_steps_of_adalora_and_its_ranks_equal_pefts(runs, models, chats, tokenizer):
     from peft import AdaLoraConfig
 
     config = AdaLoraConfig(
@@ -143,9 +133,10 @@ def test_twenty_steps_of_adalora_and_its_ranks_equal_pefts(runs, models, chats, 
             patterns[step] = pattern
 
     theirs = train_with_peft(model, own, rows(chats, tokenizer, STEPS * 8), STEPS, allocate)
-    assert_equal_to(runs, ("adalora_long", "adalora_long_tp2"), theirs, learnt=0.2)
+    assert theirs[-1][0] < theirs[0][0] - 0.2
     assert list(patterns) == [4, 6, 8, 10, 12, 14, 15]
     for name in ("adalora_long", "adalora_long_tp2"):
+        assert_follows(runs, name, theirs)
         ours = allocations(runs, name)
         assert list(ours) == list(patterns)
         for step, pattern in patterns.items():
@@ -161,7 +152,7 @@ def test_twenty_steps_of_adalora_and_its_ranks_equal_pefts(runs, models, chats, 
     assert kept == patterns[15]  # to the end
 
 
-def test_twenty_steps_of_fourierft_equal_pefts(runs, models, chats, tokenizer):  # noqa: F811
+def test_twenty_steps_of_fourierft_equal_pefts(runs, models, chats, tokenizer):
     from peft import FourierFTConfig
 
     config = FourierFTConfig(
@@ -170,7 +161,9 @@ def test_twenty_steps_of_fourierft_equal_pefts(runs, models, chats, tokenizer): 
     began = torch.load(runs / "fourierft_long" / "probe.pt")["began"]
     model, own = peft_model(models["tied"]["hf"], config, began, {"fourierft_spectrum": "coefficients"})
     theirs = train_with_peft(model, own, rows(chats, tokenizer, STEPS * 8), STEPS)
-    assert_equal_to(runs, ("fourierft_long", "fourierft_long_tp2"), theirs, learnt=0.1)
+    for name in ("fourierft_long", "fourierft_long_tp2"):
+        assert_follows(runs, name, theirs)
+    assert theirs[-1][0] < theirs[0][0] - 0.1
 
 
 def test_a_spectrum_begins_with_zeros_or_drawn(runs):

@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
-from test_adapters import ALL, LR, SEQ, STEPS, chats, rows, train_with_peft  # noqa: F401
-from test_layouts import assert_same, losses
+from test_adapters import ALL, LR, SEQ, STEPS, rows, train_with_peft
+from test_layouts import assert_follows, assert_same, losses
 from torch import nn
 
 from nemo_ext import run_folder
@@ -16,6 +16,7 @@ from nemo_ext.architecture import Architecture
 
 COMMON = dict(seq=SEQ, lr=LR, rank=4, alpha=8.0, val_every=20, val_batches=2)
 LONG = dict(COMMON, steps=STEPS, pack=False)
+STEADY = dict(LONG, lr=LR / 2)  # at LR the gradient norm jumps from 0.4 to 5 in step 11, and differences of rounding with it
 SHORT = dict(COMMON, steps=4, pack=True, rank=3)  # which no layout divides
 SOME = dict(targets="k_proj,o_proj,up_proj,down_proj", ranks="k_proj:2,mlp:6", alphas="up_proj:3", rslora=True, lora_plus=4.0)
 PATTERNS = dict(
@@ -34,7 +35,7 @@ PLACES = {"adapter_q": "q_proj", "adapter_k": "k_proj", "adapter_v": "v_proj", "
 
 
 @pytest.fixture(scope="module")
-def runs(train, chats):  # noqa: F811
+def runs(train, chats):
     """All cases by name, of one process and of two."""
 
     def case(name, keys, method="dora", **other):
@@ -42,7 +43,7 @@ def runs(train, chats):  # noqa: F811
         return dict(name=name, keys=keys, blend=chats.blend(), recipe=f"{method}_llama3", model="tied", **other)
 
     one = [
-        case("long", LONG, probe=True),
+        case("long", STEADY, probe=True),
         case("some", {**LONG, "steps": 6, **SOME}, probe=True),
         case("lora_some", {**LONG, "steps": 6, **SOME}, "lora", probe=True),
         case("one", SHORT, probe=True),
@@ -53,7 +54,7 @@ def runs(train, chats):  # noqa: F811
         case("moe_one", SHORT, "moe_dora"),
         case("moe_one_recompute", {**SHORT, "recompute": "full"}, "moe_dora"),
     ]
-    two = [case("long_tp2", {**LONG, "tp": 2, "sp": True}), case("moe_long_tp2", {**LONG, "tp": 2, "sp": True}, "moe_dora")]
+    two = [case("long_tp2", {**STEADY, "tp": 2, "sp": True}), case("moe_long_tp2", {**LONG, "tp": 2, "sp": True}, "moe_dora")]
     for name, keys in LAYOUTS.items():
         two.append(case(name, {**SHORT, **keys}, "moe_dora" if name.startswith("moe_") else "dora", probe=True))
     for method, prefix in (("dora", ""), ("moe_dora", "moe_")):
@@ -172,42 +173,34 @@ def train_mixture(model, data, steps):
 TOKENS = torch.arange(2 * 32).reshape(2, 32) * 7 % 500
 
 
-def test_twenty_steps_equal_peft(runs, models, chats, tokenizer):  # noqa: F811
+def test_twenty_steps_equal_peft(runs, models, chats, tokenizer):
     probe = torch.load(runs / "long" / "probe.pt")
     model = peft_model(models["tied"]["hf"], probe, use_dora=True)
-    theirs = train_with_peft(model, rows(chats, tokenizer, STEPS * 8), STEPS)
+    theirs = train_with_peft(model, rows(chats, tokenizer, STEPS * 8), STEPS, lr=STEADY["lr"])
     for name in ("long", "long_tp2"):
-        ours, _, norms = losses(runs, name)
-        assert sorted(ours) == list(range(1, STEPS + 1))
-        for step, (loss, norm) in enumerate(theirs, 1):
-            assert ours[step] == pytest.approx(loss, abs=1e-4), (name, step)
-            assert norms[step] == pytest.approx(norm, rel=1e-3 if step <= 10 else 5e-3), (name, step)
+        assert_follows(runs, name, theirs)
     assert theirs[-1][0] < theirs[0][0] - 0.2
 
 
 @pytest.mark.parametrize(("name", "dora"), [("some", True), ("lora_some", False)])
-def test_ranks_of_single_linears_equal_pefts_patterns(runs, models, chats, tokenizer, name, dora):  # noqa: F811
+def test_ranks_of_single_linears_equal_pefts_patterns(runs, models, chats, tokenizer, name, dora):
     probe = torch.load(runs / name / "probe.pt")
     model = peft_model(models["tied"]["hf"], probe, use_dora=dora, **PATTERNS)
     theirs = train_with_peft(model, rows(chats, tokenizer, 6 * 8), 6, lora_plus=SOME["lora_plus"])
-    ours, _, norms = losses(runs, name)
+    assert_follows(runs, name, theirs)
     rates = [record["lr"] for record in run_folder.read_records(runs / name)[0]]
     assert max(rates) == pytest.approx(LR)  # A's, not B's
-    assert [ours[step] for step in range(1, 7)] == pytest.approx([loss for loss, _ in theirs], abs=1e-4)
-    assert [norms[step] for step in range(1, 7)] == pytest.approx([norm for _, norm in theirs], rel=1e-3)
 
 
-def test_experts_equal_the_equations(runs, models, chats, tokenizer):  # noqa: F811
+def test_experts_equal_the_equations(runs, models, chats, tokenizer):
     probe = torch.load(runs / "moe_long" / "probe.pt")
     model = mixture_model(models["tied"]["hf"], probe)
     assert [len(layer.mlp.up_proj.a) for layer in model.model.layers] == [1, 1, 3, 3]
     theirs = train_mixture(model, rows(chats, tokenizer, STEPS * 8), STEPS)
     for name in ("moe_long", "moe_long_tp2"):
-        ours, _, norms = losses(runs, name)
+        assert_follows(runs, name, [(loss, norm) for loss, norm, _ in theirs])
         balance = {record["step"]: record["balance"] for record in run_folder.read_records(runs / name)[0]}
-        for step, (loss, norm, even) in enumerate(theirs, 1):
-            assert ours[step] == pytest.approx(loss, abs=1e-4), (name, step)
-            assert norms[step] == pytest.approx(norm, rel=1e-3), (name, step)
+        for step, (_, _, even) in enumerate(theirs, 1):
             assert balance[step] == pytest.approx(even, abs=1e-4), (name, step)
     assert theirs[-1][0] < theirs[0][0] - 0.2
     with torch.no_grad():

@@ -48,6 +48,15 @@ def assert_same(one, other, tolerance=TOLERANCE):
             assert math.isclose(a[step], b[step], rel_tol=0, abs_tol=tolerance), (step, a[step], b[step])
 
 
+def assert_follows(folder, name, reference, loss=1e-4, norm=1e-3):
+    """A run's steps are those of `reference`, [(loss, gradient norm)], within an absolute and a relative tolerance."""
+    ours, _, norms = losses(folder, name)
+    assert sorted(ours) == list(range(1, len(reference) + 1))
+    for step, (their_loss, their_norm) in enumerate(reference, 1):
+        assert ours[step] == pytest.approx(their_loss, abs=loss), (name, step)
+        assert norms[step] == pytest.approx(their_norm, rel=norm), (name, step)
+
+
 @pytest.fixture(scope="module")
 def runs(train):
     """Reference runs in one process, and all layouts in two."""

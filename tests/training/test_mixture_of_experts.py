@@ -6,7 +6,7 @@ tests/conversion/test_mixtral.py, and here for being the same at every layout.
 
 import hugging_face
 import pytest
-from test_layouts import assert_same, losses
+from test_layouts import assert_follows, assert_same, losses
 
 BALANCED = {"model.config.moe_aux_loss_coeff": 0.1}
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 10_000}
@@ -45,12 +45,10 @@ def runs(train):
 
 def test_training_equals_hugging_face_with_torchs_adamw(runs, models, corpus, tmp_path):
     """Six steps: loss, falling, and gradient norm."""
-    ours, held_out, norms = losses(runs, "one")
+    held_out = losses(runs, "one")[1]
     assert held_out[6] < held_out[0] - 0.02
     reference = hugging_face.train(models["mixtral"]["hf"], corpus, tmp_path, steps=6, warmup=2)
-    for step, (loss, norm) in enumerate(reference, 1):
-        assert ours[step] == pytest.approx(loss, abs=2e-5), step
-        assert norms[step] == pytest.approx(norm, rel=1e-4), step
+    assert_follows(runs, "one", reference, loss=2e-5, norm=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,20 +5,19 @@ fp32 on gloo. The wide Llama's shards are whole blocks of 64, so that tensor ran
 
 import pytest
 import torch
-from test_adapters import COMMON, STEPS, chats, peft_model, rows, train_with_peft  # noqa: F401
-from test_layouts import assert_same, losses
+from test_adapters import ALL, COMMON, STEPS, peft_model, rows, train_with_peft
+from test_layouts import assert_follows, assert_same, losses
 
 from nemo_ext import run_folder
 
 WIDE = dict(recipe="qlora_llama3", model="wide")
 LONG = dict(COMMON, steps=STEPS, pack=False)
 SHORT = dict(COMMON, steps=6, pack=True)
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = {"gemma2": "qlora_gemma2", "mixtral": "qlora_mixtral"}
 
 
 @pytest.fixture(scope="module")
-def runs(train, chats):  # noqa: F811
+def runs(train, chats):
     """All cases by name, of one process and of two."""
 
     def case(name, keys, **other):
@@ -72,16 +71,12 @@ def quantized(hf, double_quant=True):
 @pytest.mark.parametrize(
     ("names", "steps", "double_quant"), [(("long", "long_tp2"), STEPS, True), (("once", "once_tp2"), 6, False)]
 )
-def test_steps_equal_peft_on_bitsandbytes(runs, models, chats, tokenizer, names, steps, double_quant):  # noqa: F811
+def test_steps_equal_peft_on_bitsandbytes(runs, models, chats, tokenizer, names, steps, double_quant):
     probe = torch.load(runs / names[0] / "probe.pt")
     model = peft_model(models["wide"]["hf"], probe, ALL, base=quantized(models["wide"]["hf"], double_quant))
     theirs = train_with_peft(model, rows(chats, tokenizer, steps * 8), steps)
     for name in names:
-        ours, _, norms = losses(runs, name)
-        assert sorted(ours) == list(range(1, steps + 1))
-        for step, (loss, norm) in enumerate(theirs, 1):
-            assert ours[step] == pytest.approx(loss, abs=1e-4), (name, step)
-            assert norms[step] == pytest.approx(norm, rel=1e-3), (name, step)
+        assert_follows(runs, name, theirs)
 
 
 def test_it_learns_something_else_than_lora(runs):
@@ -107,7 +102,7 @@ def test_bf16_follows_fp32(runs):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_first_loss_is_the_quantized_models(runs, models, chats, tokenizer, name):  # noqa: F811
+def test_first_loss_is_the_quantized_models(runs, models, chats, tokenizer, name):
     data = rows(chats, tokenizer, 8)
     tokens, labels, mask = (torch.stack([data[i][key] for i in range(8)]) for key in ("tokens", "labels", "loss_mask"))
 

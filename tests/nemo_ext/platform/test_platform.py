@@ -1,6 +1,9 @@
 """The CPU platform: versions it refuses, what "cuda" means, Transformer Engine's names on Megatron's layers."""
 
+import gc
 import importlib.metadata
+import queue
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,24 @@ def test_other_versions_are_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.0" if name == "megatron-core" else version(name))
     with pytest.raises(UserError, match="written for megatron-core 0.15.3 or 0.16.1, found 0.17.0"):
         versions.check_cpu()
+
+
+def test_what_was_imported_is_not_looked_through_again():
+    assert gc.isenabled() and gc.get_freeze_count() > 500_000
+
+
+def test_the_queue_of_checkpoint_writers_knows_no_torch():
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as writers
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    results = writers._get_write_results_queue()
+    assert results is writers._get_write_results_queue()
+    results.put({0: [MetadataIndex("weight", torch.Size([2]))]})
+    assert results.get_nowait() == {0: [MetadataIndex("weight", torch.Size([2]))]}
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    server = results.queue._manager._process
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
 
 
 def test_cuda_devices_are_the_cpu():
