@@ -51,6 +51,7 @@ _VLLM = {
     "host": "--host", "port": "--port", "tp": "--tensor-parallel-size", "pp": "--pipeline-parallel-size", "dtype": "--dtype",
     "context": "--max-model-len", "rows": "--max-num-seqs", "prefill_tokens": "--max-num-batched-tokens",
     "gpu_memory": "--gpu-memory-utilization", "name": "--served-model-name", "adapters": "--lora-modules",
+    "images": "--limit-mm-per-prompt",
 }  # fmt: skip
 BACKENDS = {
     "trtllm": Backend(
@@ -64,6 +65,7 @@ BACKENDS = {
     "vllm": Backend("vllm", "vllm", "vllm", ("vllm", "serve"), (), (("0.6", _VLLM),)),
 }
 VLLM_KEY = "VLLM_API_KEY"  # a key on the command line is seen by everybody on the machine
+VLLM_JSON = Version("0.8.5")  # from here on its option for images takes JSON, before image=N
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be
 
 
@@ -84,6 +86,7 @@ class Wanted:
     prefill_tokens: int | None = None
     gpu_memory: float | None = None
     api_keys: Path | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,14 @@ def launch(backend: Backend, wanted: Wanted) -> Launch:
     flags = backend.flags()
     arguments = [*backend.command, str(wanted.model), *backend.constant]
     environment: dict[str, str] = {}
-    for key in ("host", "port", "tp", "pp", "dtype", "context", "rows", "prefill_tokens", "gpu_memory"):
+    for key in ("host", "port", "tp", "pp", "dtype", "context", "rows", "prefill_tokens", "gpu_memory", "images"):
         value = getattr(wanted, key)
         if value is None or (key in ("tp", "pp") and value == 1):
             continue
         if key not in flags:
             raise UserError(f"{key}= has no counterpart in {backend.program} {backend.version}")
+        if key == "images":
+            value = json.dumps({"image": value}) if Version(backend.version) >= VLLM_JSON else f"image={value}"
         arguments += [flags[key], str(value)]
     if "name" in flags:
         arguments += [flags["name"], wanted.name]

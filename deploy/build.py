@@ -9,7 +9,6 @@ checkpoint itself. Exit codes: 0 built, 1 the builder failed, 2 bad input, or no
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shlex
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ if __name__ == "__main__":
 
 from packaging.version import Version
 
+from deploy import trtllm_folder
 from nemo_ext.command_line import NO_DEFAULT, key, main
 from nemo_ext.errors import RunError, UserError
 
@@ -94,7 +94,7 @@ def line(options: Options, config: dict[str, Any], version: str) -> list[str]:
             f"TensorRT-LLM {version} has no engine builder: serve a Hugging Face checkpoint with "
             "python deploy/serve.py model=hf:FOLDER backend=trtllm"
         )
-    ranks = _ranks(config)
+    ranks = trtllm_folder.ranks(config)
     arguments = [PROGRAM, "--checkpoint_dir", options.checkpoint, "--output_dir", options.out]
     for name, option in flags.items():
         value = getattr(options, name)
@@ -107,19 +107,10 @@ def line(options: Options, config: dict[str, Any], version: str) -> list[str]:
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """config.json of a TensorRT-LLM checkpoint. Raises UserError for anything else, and for missing ranks."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
-        raise UserError(f"checkpoint={folder}: config.json: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"checkpoint={folder}: config.json is not JSON") from None
-    if not isinstance(config, dict) or "architecture" not in config or not isinstance(config.get("mapping", {}), dict):
-        hint = ": it is a Hugging Face folder" if isinstance(config, dict) and "model_type" in config else ""
-        raise UserError(f"checkpoint={folder} is no TensorRT-LLM checkpoint{hint}")
-    missing = [rank for rank in range(_ranks(config)) if not (folder / f"rank{rank}.safetensors").is_file()]
-    if missing:
-        raise UserError(f"checkpoint={folder} lacks rank{missing[0]}.safetensors of its {_ranks(config)} ranks")
-    return config
+    return trtllm_folder.read(
+        "checkpoint", folder, "rank{rank}.safetensors", lambda config: config if "architecture" in config else None,
+        "is no TensorRT-LLM checkpoint",
+    )  # fmt: skip
 
 
 def check(options: Options, config: dict[str, Any]) -> None:
@@ -141,11 +132,6 @@ def installed() -> str | None:
         return importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _ranks(config: dict[str, Any]) -> int:
-    mapping = config.get("mapping", {})
-    return int(mapping.get("tp_size", 1)) * int(mapping.get("pp_size", 1)) * int(mapping.get("cp_size", 1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What a request must pass before it is read: the API key, the body's size and the time it may take. Pure ASGI."""
+"""What a request must pass before it is read: how many there are, the API key, the body's size and the time it may take. Pure
+ASGI; and the keys of the commands that listen."""
 
 from __future__ import annotations
 
@@ -13,9 +14,54 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.openai_api import error
+from nemo_ext.command_line import key
 from nemo_ext.errors import UserError
 
 GUARDED = "/v1/"
+MIB = 1 << 20
+AT_START = ("host", "port", "api_keys", "max_body", "body_timeout", "timeout", "drain", "connections")  # ListeningKeys' names
+LIMITS = AT_START[AT_START.index("max_body") :]
+
+
+@dataclass
+class ListeningKeys:
+    """What the server's and the router's commands have in common."""
+
+    host: str = key("127.0.0.1", "the address to listen on; 0.0.0.0 is all of them", group="network")
+    port: int = key(8000, "the port; 0 takes a free one")
+    api_keys: str | None = key(None, "a file with a key a line; clients send one as bearer", auto="everybody is let in")
+    max_body: float = key(2.0, "size of a request", unit="MiB", group="limits")
+    body_timeout: float = key(30.0, "for a client to send its request", unit="s")
+    timeout: float = key(600.0, "for a request, from its arrival to its last token", unit="s")
+    drain: float = key(60.0, "that running requests get after SIGTERM", unit="s")
+    connections: int = key(1024, "open connections; requests of more are answered 503")
+
+    def check_listening(self) -> None:
+        """Raises UserError for values that nobody can listen with."""
+        if self.connections < 1:
+            raise UserError(f"connections={self.connections} must be 1 or more")
+        for name in ("max_body", "body_timeout", "timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 <= self.drain < float("inf"):
+            raise UserError(f"drain={self.drain} must be 0 or more")
+        if not 0 <= self.port < 65536:
+            raise UserError(f"port={self.port} must be 0 to 65535")
+
+    def limits(self, **more: int) -> Limits:
+        """The limits that they say, and `more`."""
+        return Limits(
+            body_bytes=int(self.max_body * MIB),
+            body_seconds=self.body_timeout,
+            request_seconds=self.timeout,
+            drain_seconds=self.drain,
+            connections=self.connections,
+            **more,
+        )
+
+    def keys(self) -> Keys | None:
+        """Who may use what is guarded; None: everybody. Raises UserError."""
+        return Keys(read_keys(Path(self.api_keys))) if self.api_keys else None
 
 
 @dataclass(frozen=True)
@@ -23,11 +69,11 @@ class Limits:
     """What a server allows."""
 
     body_bytes: int = 2 << 20
-    body_seconds: float = 30.0  # for a client to send its body
+    body_seconds: float = 30.0  # for a client to send a request's head, and its body
     request_seconds: float = 600.0  # from a request's arrival to its last token
     max_tokens: int = 4096  # new tokens of an answer
     drain_seconds: float = 60.0  # that running requests get when the server is told to stop
-    connections: int = 1024
+    connections: int = 1024  # that may be open: requests of more are answered 503, but for what is not guarded
 
 
 class Keys:
@@ -65,9 +111,13 @@ class Gate:
         self.app, self.limits, self.keys = app, limits, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, 408 or 413, or let the application answer."""
+        """Answer 401, 408, 413 or 503, or let the application answer."""
         if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
             await self.app(scope, receive, send)
+            return
+        if len(scope.get("state", {}).get("connections", ())) > self.limits.connections:  # see listening.Connection
+            refusal = error(f"more than {self.limits.connections:,} connections", "overloaded_error", "busy")
+            await JSONResponse(refusal, 503, {"Retry-After": "1", "Connection": "close"})(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if self.keys is not None and not self.keys.accept(headers.get("authorization", "")):

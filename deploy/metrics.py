@@ -20,6 +20,8 @@ COUNTERS = {
     "steps": ("steps", "Decoding steps"),
     "prompt_tokens": ("prompt_tokens", "Tokens of prompts read; its rate is tokens a second"),
     "generated_tokens": ("generated_tokens", "Tokens generated; its rate is tokens a second"),
+    "draft_tokens": ("draft_tokens", "Tokens guessed by the draft"),
+    "accepted_draft_tokens": ("accepted_tokens", "Guessed tokens that were answered; their share is the acceptance rate"),
 }
 
 

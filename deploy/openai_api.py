@@ -1,7 +1,7 @@
 """OpenAI's chat/completions and completions: what may be asked, as engine requests, and the JSON of the answers.
 
-After OpenAI's API reference; `top_k`, `min_p`, `repetition_penalty`, `num_beams`, `length_penalty` and `ignore_eos` are common
-additions. A field that is not served is refused by name. Knows neither HTTP nor torch.
+After OpenAI's API reference; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, `bad_words` and what is said of beams are
+common additions. A field that is not served is refused by name. Knows neither HTTP nor torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.engine.request import MAX_LOGPROBS, Logprob, Refused, Request, Sampling
-from deploy.tools import ToolCall
+from deploy.tools import ToolCall, calls_schema
 
 MAX_STOP = 16
+MAX_WORDS = 64
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 ANY_OBJECT = '{"type":"object"}'
 
@@ -26,6 +27,9 @@ class Model(BaseModel):
     """Unknown fields and numbers that are none (NaN, infinity) are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+Words = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=MAX_WORDS)]
 
 
 class StreamOptions(Model):
@@ -45,7 +49,11 @@ class Generation(Model):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     num_beams: int = Field(1, ge=1, le=1024)
+    num_beam_groups: int = Field(1, ge=1, le=1024)
+    diversity_penalty: float = Field(0.0, ge=0, le=100)
     length_penalty: float = Field(1.0, ge=-10, le=10)
+    bad_words: Words = []
+    force_words: Words = []
     n: int = Field(1, ge=1, le=1024)
     max_tokens: int | None = Field(None, ge=1)
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
@@ -68,6 +76,8 @@ class Generation(Model):
             frequency_penalty=self.frequency_penalty,
             seed=self.seed,
             num_beams=self.num_beams,
+            beam_groups=self.num_beam_groups,
+            diversity_penalty=self.diversity_penalty,
             length_penalty=self.length_penalty,
         )
         wanted = more.pop("max_tokens", None) or self.max_tokens or max(1, room)
@@ -107,6 +117,15 @@ class Tool(Model):
     function: Function
 
 
+class FunctionName(Model):
+    name: str
+
+
+class NamedTool(Model):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class CalledFunction(Model):
     name: str
     arguments: str
@@ -118,10 +137,15 @@ class AssistantCall(Model):
     function: CalledFunction
 
 
+class ImageUrl(Model):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
 class Part(Model):
     type: str
     text: str | None = None
-    image_url: Any = None
+    image_url: ImageUrl | None = None
     input_audio: Any = None
     file: Any = None
 
@@ -134,12 +158,23 @@ class Message(Model):
     tool_call_id: str | None = None
     refusal: None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it: content as text, arguments as objects."""
-        content = self.content
-        if isinstance(content, list):
-            if other := next((part.type for part in content if part.type != "text"), None):
-                raise Refused(f"this server reads text only: content of type {other} is not served", "unsupported_value")
+    @property
+    def urls(self) -> list[str]:
+        """Of its images, in order. Raises Refused for content that is neither text nor an image."""
+        parts = self.content if isinstance(self.content, list) else []
+        if other := next((part.type for part in parts if part.type not in ("text", "image_url")), None):
+            raise Refused(f"content of type {other} is not served", "unsupported_value")
+        if any(part.type == "image_url" and part.image_url is None for part in parts):
+            raise Refused('content of type image_url needs image_url: {"url": "data:image/png;base64,..."}')
+        return [part.image_url.url for part in parts if part.type == "image_url"]
+
+    def for_template(self, parts: bool = False) -> dict[str, Any]:
+        """The message as chat templates read it: content as text, or as `parts` of text and images; arguments as objects."""
+        content: Any = self.content
+        if parts and (content or not self.tool_calls):
+            given = content if isinstance(content, list) else [Part(type="text", text=content or "")]
+            content = [{"type": "text", "text": p.text or ""} if p.type == "text" else {"type": "image"} for p in given]
+        elif isinstance(content, list):
             content = "".join(part.text or "" for part in content)
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
         if self.name:
@@ -181,25 +216,40 @@ class ChatRequest(Generation):
 
     @property
     def called_tools(self) -> list[dict[str, Any]]:
-        """The tools that the template shows the model. Raises Refused for a forced choice."""
-        if not self.tools or self.tool_choice == "none":
-            return []
-        if self.tool_choice not in (None, "auto"):
-            raise Refused("tool_choice can be auto or none: this server cannot make a model call a tool", "unsupported_value")
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        """The tools that the template shows the model. Raises Refused for a choice that is none."""
+        tools = [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if self.tool_choice in (None, "auto", "none"):
+            return tools
+        if isinstance(self.tool_choice, str) and self.tool_choice != "required":
+            raise Refused(f"tool_choice={self.tool_choice} is none of auto, none, required, or a function")
+        if not tools:
+            raise Refused("tool_choice needs tools")
+        return tools
 
     @property
     def schema_text(self) -> str | None:
         """The JSON schema that the answer follows; None: any text. Raises Refused."""
-        if self.response_format is None or self.response_format.type == "text":
-            return None
-        if self.called_tools:
+        forced = self.tool_choice not in (None, "auto", "none")
+        wanted = self.response_format is not None and self.response_format.type != "text"
+        if wanted and self.called_tools:
             raise Refused("response_format and tools do not go together", "unsupported_value")
+        if forced:
+            name = None if self.tool_choice == "required" else self._named()
+            return json.dumps(calls_schema(self.called_tools, name, self.parallel_tool_calls))
+        if not wanted:
+            return None
         if self.response_format.type == "json_object":
             return ANY_OBJECT
         if self.response_format.json_schema is None:
             raise Refused("response_format of type json_schema needs json_schema")
         return json.dumps(self.response_format.json_schema.schema_)
+
+    def _named(self) -> str:
+        """The function that tool_choice names. Raises Refused."""
+        try:
+            return NamedTool.model_validate(self.tool_choice).function.name
+        except ValidationError:
+            raise Refused('tool_choice must be auto, none, required, or {"type": "function", "function": {"name": …}}') from None
 
     @property
     def wanted_logprobs(self) -> int | None:

@@ -20,25 +20,21 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
-import uvicorn
-
-from deploy.limits import Keys, Limits, read_keys
+from deploy.limits import AT_START, ListeningKeys
+from deploy.listening import Server, allow_files, bind
 from deploy.routing.health import Rules
 from deploy.routing.router import Router, Table, create_app
-from deploy.routing.table import PREFIX, VersionKeys, fill, read_versions, split
-from deploy.serve import MIB, bind
-from deploy.server import DrainingServer
-from nemo_ext.command_line import NO_DEFAULT, ending, key, key_lines, settings
+from deploy.routing.table import PREFIX, VersionKeys, read_versions, split
+from nemo_ext.command_line import NO_DEFAULT, ending, fill, key, key_lines, settings
 from nemo_ext.errors import UserError
 
 EXAMPLE = "python deploy/route.py name=chat versions.stable.url=http://127.0.0.1:8001 versions.next.url=http://127.0.0.1:8002"
 LOOK = 0.5  # seconds between two looks at the file
-AT_START = ("host", "port", "api_keys", "max_body", "body_timeout", "timeout", "drain", "connections")
 
 
 @dataclass
-class Options:
-    """The command's keys, beside those of the versions."""
+class Own:
+    """The command's keys beside those of the network and of the versions."""
 
     name: str = key(NO_DEFAULT, "what clients call the model; a version's name asks for it alone")
     user_header: str = key("x-user-id", "a header that names the user; without it, OpenAI's field user does", group="routing")
@@ -49,14 +45,14 @@ class Options:
     failures: int = key(3, "failed requests in a row after which a server is left alone")
     cooldown: float = key(5.0, "until it is tried with one request; doubles with each failed try, to 16 times", unit="s")
     connect_timeout: float = key(2.0, "for a connection to a server", unit="s")
-    host: str = key("127.0.0.1", "the address to listen on; 0.0.0.0 is all of them", group="network")
+
+
+@dataclass
+class Options(ListeningKeys, Own):
+    """The command's keys, beside those of the versions."""
+
     port: int = key(8080, "the port; 0 takes a free one")
     api_keys: str | None = key(None, "a file with a key a line; clients send one as bearer", auto="the servers decide")
-    max_body: float = key(2.0, "size of a request", unit="MiB", group="limits")
-    body_timeout: float = key(30.0, "for a client to send its request", unit="s")
-    timeout: float = key(600.0, "for a request, from its arrival to its last token", unit="s")
-    drain: float = key(60.0, "that running requests get after SIGTERM", unit="s")
-    connections: int = key(1024, "open connections; more are answered 503")
 
 
 def load(arguments: Sequence[str]) -> tuple[Options, Table] | None:
@@ -81,17 +77,13 @@ def load(arguments: Sequence[str]) -> tuple[Options, Table] | None:
 
 def check(options: Options) -> None:
     """Raises UserError for values that no router can have."""
-    for name in ("shadow_running", "failures", "connections"):
+    options.check_listening()
+    for name in ("shadow_running", "failures"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)} must be 1 or more")
-    for name in ("shadow_timeout", "probe_every", "probe_timeout", "cooldown", "connect_timeout", "max_body", "body_timeout",
-                 "timeout"):  # fmt: skip
+    for name in ("shadow_timeout", "probe_every", "probe_timeout", "cooldown", "connect_timeout"):
         if not 0 < getattr(options, name) < float("inf"):
             raise UserError(f"{name}={getattr(options, name)} must be above 0")
-    if not 0 <= options.drain < float("inf"):
-        raise UserError(f"drain={options.drain} must be 0 or more")
-    if not 0 <= options.port < 65536:
-        raise UserError(f"port={options.port} must be 0 to 65535")
     if not options.user_header.replace("-", "").isalnum():
         raise UserError(f"user_header={options.user_header} is no header's name")
 
@@ -157,14 +149,8 @@ def describe(table: Table) -> str:
 
 def run(arguments: Sequence[str], options: Options, table: Table) -> None:
     """Serve until a signal."""
-    keys = Keys(read_keys(Path(options.api_keys))) if options.api_keys else None
-    limits = Limits(
-        body_bytes=int(options.max_body * MIB),
-        body_seconds=options.body_timeout,
-        request_seconds=options.timeout,
-        drain_seconds=options.drain,
-        connections=options.connections,
-    )
+    keys = options.keys()
+    allow_files(options.connections)
     listener = bind(options.host, options.port)
 
     @asynccontextmanager
@@ -189,18 +175,8 @@ def run(arguments: Sequence[str], options: Options, table: Table) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     try:
-        router = Router(limits)
-        config = uvicorn.Config(
-            create_app(router, keys, background),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            lifespan="on",
-            limit_concurrency=limits.connections,
-            timeout_graceful_shutdown=1,
-        )
-        DrainingServer(config, router).run(sockets=[listener])
+        router = Router(options.limits())
+        Server(create_app(router, keys, background), router, lifespan="on").run(sockets=[listener])
     finally:
         listener.close()
 

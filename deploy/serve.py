@@ -10,7 +10,6 @@ or a GPU. Exit codes: 0 stopped by a signal after running requests ended, 1 fail
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,19 @@ if __name__ == "__main__":
 
 from conversion import hub_cache
 from deploy import backends
+from deploy.limits import LIMITS, ListeningKeys
 from nemo_ext import run_folder
 from nemo_ext.command_line import NO_DEFAULT, key, main
 from nemo_ext.errors import UserError
 from nemo_ext.platform import hardware
 
 DTYPES = ("float32", "bfloat16", "float16")
-MIB = 1 << 20
+EMBEDDED = ("queue", "max_tokens", "draft", "draft_tokens", "image_pixels", *LIMITS)  # keys that no other backend has
 
 
 @dataclass
-class Options:
-    """The command's keys."""
+class Own:
+    """The command's keys beside those of the network."""
 
     model: str = key(NO_DEFAULT, "hf:FOLDER, hf:NAME (in Hugging Face's local cache), or a run's folder with its export hf/")
     backend: str = key("auto", "who answers", choices=("auto", *backends.BACKENDS, "embedded"))
@@ -39,9 +39,6 @@ class Options:
     adapters: str | None = key(
         None, "LoRA adapters, PEFT folders: NAME=FOLDER,NAME=FOLDER; clients name them as model", auto="none"
     )
-    host: str = key("127.0.0.1", "the address to listen on; 0.0.0.0 is all of them", group="network")
-    port: int = key(8000, "the port; 0 takes a free one")
-    api_keys: str | None = key(None, "a file with a key a line; clients send one as bearer", auto="everybody is let in")
     dtype: str | None = key(
         None, "dtype of the weights", choices=DTYPES, auto="float32 on a CPU, the checkpoint's on a GPU", group="model"
     )
@@ -52,13 +49,21 @@ class Options:
     pp: int = key(1, "pipeline parallel size; not embedded")
     gpu_memory: float | None = key(None, "share of the GPU's memory (vLLM: all; TensorRT-LLM: of what is left, for the cache); "
                                    "not embedded", auto="the backend's")  # fmt: skip
-    queue: int = key(64, "requests that may wait; more are answered 429", group="limits (embedded)")
+    images: int | None = key(
+        None, "images in a request, of a model that sees; see max_body", auto="embedded 8, else the backend's"
+    )
+    queue: int = key(64, "requests that may wait; more are answered 429", group="embedded")
     max_tokens: int = key(4096, "new tokens of an answer")
-    max_body: float = key(2.0, "size of a request", unit="MiB")
-    body_timeout: float = key(30.0, "for a client to send its request", unit="s")
-    timeout: float = key(600.0, "for a request, from its arrival to its last token", unit="s")
-    drain: float = key(60.0, "that running requests get after SIGTERM", unit="s")
-    connections: int = key(1024, "open connections; more are answered 503")
+    draft: str | None = key(
+        None, "guesses tokens ahead: ngram, or hf:FOLDER of a smaller model with the same tokens", auto="none"
+    )
+    draft_tokens: int = key(4, "tokens guessed in a step")
+    image_pixels: int = key(1 << 24, "pixels of an image")
+
+
+@dataclass
+class Options(ListeningKeys, Own):
+    """The command's keys."""
 
 
 def command(options: Options) -> None:
@@ -87,26 +92,27 @@ def command(options: Options) -> None:
             tp=options.tp,
             pp=options.pp,
             gpu_memory=options.gpu_memory,
+            images=options.images,
             api_keys=Path(options.api_keys) if options.api_keys else None,
         ),
     )
-    changed = [f for f in ("queue", "max_tokens", "max_body", "body_timeout", "timeout", "drain", "connections")
-               if getattr(options, f) != getattr(Options, f)]  # fmt: skip
+    changed = [name for name in EMBEDDED if getattr(options, name) != getattr(Options, name)]
     if changed:
-        raise UserError(f"{changed[0]}= is the embedded backend's: {backend.program} has no such limit")
+        raise UserError(f"{changed[0]}= is the embedded backend's: {backend.program} has no such key")
     print(f"{backend.program} {backend.version}: {launch.text}", flush=True)
     os.execvpe(launch.arguments[0], launch.arguments, {**os.environ, **launch.environment})
 
 
 def embedded(options: Options, folder: Path, adapters: dict[str, Path], name: str) -> None:
     """Serve by deploy/engine."""
-    from deploy.limits import Keys, Limits, read_keys
+    from deploy.listening import allow_files, bind
     from deploy.server import Service, run
 
     for word, value in (("tp", options.tp != 1), ("pp", options.pp != 1), ("gpu_memory", options.gpu_memory is not None)):
         if value:
             raise UserError(f"{word}= is for TensorRT-LLM and vLLM; the embedded backend runs on one device")
-    keys = Keys(read_keys(Path(options.api_keys))) if options.api_keys else None
+    keys, draft = options.keys(), draft_folder(options.draft)
+    allow_files(options.connections)
     listener = bind(options.host, options.port)
     try:
         if not hardware.has_cuda():
@@ -114,6 +120,7 @@ def embedded(options: Options, folder: Path, adapters: dict[str, Path], name: st
 
             cpu_torch.declare_torchvision_ops()  # transformers imports torchvision
         from deploy.engine.engine import Engine
+        from deploy.engine.images import MOST
 
         engine = Engine(
             folder,
@@ -123,20 +130,16 @@ def embedded(options: Options, folder: Path, adapters: dict[str, Path], name: st
             context=options.context,
             dtype=options.dtype,
             adapters=adapters,
-        )
-        limits = Limits(
-            body_bytes=int(options.max_body * MIB),
-            body_seconds=options.body_timeout,
-            request_seconds=options.timeout,
-            max_tokens=options.max_tokens,
-            drain_seconds=options.drain,
-            connections=options.connections,
+            draft=draft,
+            draft_tokens=options.draft_tokens,
+            images=options.images or MOST,
+            image_pixels=options.image_pixels,
         )
         port = listener.getsockname()[1]
         print(f"{name} on {engine.network.device}, {engine.rows} rows of {engine.context:,} tokens: http://{options.host}:{port}",
               flush=True)  # fmt: skip
         try:
-            run(Service(engine, name, limits), keys, [listener], options.host, port)
+            run(Service(engine, name, options.limits(max_tokens=options.max_tokens)), keys, [listener])
         finally:
             engine.close()
     finally:
@@ -165,6 +168,15 @@ def model_folder(text: str) -> Path:
     raise UserError(f"model={text} has no {run_folder.EXPORT}/: python conversion/convert.py from=nemo:{text} to=hf:{export}")
 
 
+def draft_folder(text: str | None) -> str | Path | None:
+    """What `draft=` names, for the engine. Raises UserError."""
+    if text in (None, "ngram"):
+        return text
+    if not text.startswith("hf:"):
+        raise UserError(f"draft={text} is neither ngram nor hf:FOLDER")
+    return model_folder(text)
+
+
 def adapter_folders(text: str | None) -> dict[str, Path]:
     """The PEFT folders that `adapters=` names, by name. Raises UserError."""
     found: dict[str, Path] = {}
@@ -182,35 +194,12 @@ def adapter_folders(text: str | None) -> dict[str, Path]:
 
 def check(options: Options) -> None:
     """Raises UserError for numbers that no server can have."""
-    for name in ("rows", "prefill_tokens", "context", "tp", "pp", "queue", "max_tokens", "connections"):
+    options.check_listening()
+    for name in (*"rows prefill_tokens context tp pp images".split(), "queue", "max_tokens", "draft_tokens", "image_pixels"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"{name}={value} must be 1 or more")
-    for name in ("max_body", "body_timeout", "timeout"):
-        if not 0 < getattr(options, name) < float("inf"):
-            raise UserError(f"{name}={getattr(options, name)} must be above 0")
-    if not 0 <= options.drain < float("inf"):
-        raise UserError(f"drain={options.drain} must be 0 or more")
     if options.gpu_memory is not None and not 0 < options.gpu_memory <= 1:
         raise UserError(f"gpu_memory={options.gpu_memory} must be above 0 and at most 1")
-    if not 0 <= options.port < 65536:
-        raise UserError(f"port={options.port} must be 0 to 65535")
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError where the port is taken or the address is not this machine's."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"host={host}: {error.strerror or error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise UserError(f"host={host} port={port}: {error.strerror}: another port=, or stop what listens there") from None
-    return listener
 
 
 if __name__ == "__main__":

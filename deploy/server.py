@@ -8,7 +8,6 @@ import logging
 import time
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
@@ -20,13 +19,12 @@ from starlette.types import Receive, Scope, Send
 from deploy.answering import Asked, Failure, Running, chunks, whole
 from deploy.engine.request import Busy, Refused
 from deploy.limits import Gate, Keys, Limits
+from deploy.listening import LINGER, Server
 from deploy.metrics import Metrics
 from deploy.openai_api import COMPLETION_TOKENS, Answer, ChatRequest, CompletionRequest, Generation, error
 
 log = logging.getLogger("llm_builder.server")
-GRACE = 5.0  # seconds beyond a request's own limit that a slow reader may take for the rest
 CLOSED = 499  # the client left: nginx's status, for the metrics only
-POLL = 0.05  # seconds
 
 
 class Service:
@@ -65,7 +63,12 @@ class Service:
                 f"max_completion_tokens={body.max_completion_tokens:,} is above the server's {self.limits.max_tokens:,}"
             )
         tools = body.called_tools
-        prompt = self.engine.prompts.chat([message.for_template() for message in body.messages], tools)
+        prompts, pictures = self.engine.prompts, ()
+        if urls := [url for message in body.messages for url in message.urls]:
+            messages = [message.for_template(parts=True) for message in body.messages]
+            prompt, pictures = prompts.chat_with_images(messages, urls, tools)
+        else:
+            prompt = prompts.chat([message.for_template(parts=prompts.parts_only) for message in body.messages], tools)
         request = body.request(
             prompt,
             self._room(prompt),
@@ -74,6 +77,8 @@ class Service:
             max_tokens=body.max_completion_tokens,
             schema=body.schema_text,
             logprobs=body.wanted_logprobs,
+            pictures=pictures,
+            **self._words(body),
         )
         return [request], tuple(tool["function"]["name"] for tool in tools)
 
@@ -82,8 +87,14 @@ class Service:
         if len(prompts) > most:
             raise Refused(f"{len(prompts):,} prompts in one request are more than the queue's {most}")
         ids = [self.engine.prompts.text(each) if isinstance(each, str) else self.engine.prompts.ids(each) for each in prompts]
-        seconds, logprobs = self.limits.request_seconds, body.logprobs
-        return [body.request(p, min(COMPLETION_TOKENS, self._room(p)), adapter, seconds, logprobs=logprobs) for p in ids]
+        more = dict(timeout=self.limits.request_seconds, logprobs=body.logprobs, **self._words(body))
+        return [body.request(p, min(COMPLETION_TOKENS, self._room(p)), adapter, **more) for p in ids]
+
+    def _words(self, body: Generation) -> dict[str, tuple]:
+        """Words that must not appear, in all spellings, and those that must, in one of them."""
+        spell = self.engine.prompts.word
+        bad = tuple(spelling for word in body.bad_words for spelling in spell(word))
+        return {"bad_words": bad, "force_words": tuple(spell(word) for word in body.force_words)}
 
     def _room(self, prompt: tuple[int, ...]) -> int:
         return min(self.limits.max_tokens, self.engine.context - len(prompt))
@@ -107,7 +118,7 @@ class EventStream(Response):
         status, service = CLOSED, self.service
         tasks = [asyncio.create_task(self._write(scope, receive, send)), asyncio.create_task(_gone(receive))]
         try:
-            limit = service.limits.request_seconds + GRACE
+            limit = service.limits.request_seconds + LINGER  # that a slow reader may take for the rest
             done, _ = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if tasks[0] in done:
                 status = tasks[0].result()
@@ -228,48 +239,9 @@ def create_app(service: Service, keys: Keys | None = None) -> FastAPI:
     return app
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn, whose first SIGTERM or SIGINT lets running requests end (at most `drain_seconds`), and whose second stops it."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self.service = service
-        self._drain: asyncio.Task | None = None
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        """Begin to drain, or stop at once if that has begun."""
-        if self.service.draining:
-            self.should_exit = self.force_exit = True
-        self.service.draining = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """uvicorn's loop: whether to stop."""
-        if self.service.draining and self._drain is None:
-            self._drain = asyncio.create_task(self._wait())
-        return await super().on_tick(counter)
-
-    async def _wait(self) -> None:
-        end = time.monotonic() + self.service.limits.drain_seconds
-        while self.service.open and time.monotonic() < end:
-            await asyncio.sleep(POLL)
-        self.should_exit = True
-
-
-def run(service: Service, keys: Keys | None, sockets: list, host: str, port: int) -> None:
+def run(service: Service, keys: Keys | None, sockets: list) -> None:
     """Serve on bound sockets until a signal."""
-    config = uvicorn.Config(
-        create_app(service, keys),
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        limit_concurrency=service.limits.connections,
-        timeout_graceful_shutdown=1,
-    )
-    DrainingServer(config, service).run(sockets=sockets)
+    Server(create_app(service, keys), service).run(sockets=sockets)
 
 
 async def _gone(receive: Receive) -> None:

@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.engine.request import Refused
+
+DEFINITIONS = ("$defs", "definitions")
+SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as templates write JSON; no padding
 TAGS = ("<tool_call>", "<function=")
 HEADS = ("[TOOL_CALLS]", "<|python_tag|>")
 TAGGED = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)|<function=([\w.-]+)>\s*(\{.*?\})\s*(?:</function>|\Z)", re.S)
@@ -48,6 +52,20 @@ def parse(text: str, known: Collection[str]) -> tuple[str, list[ToolCall]]:
     return (rest.strip(), calls) if calls else (text, [])
 
 
+def calls_schema(tools: Sequence[dict[str, Any]], name: str | None, parallel: bool) -> dict[str, Any]:
+    """The JSON schema of an answer that is nothing but calls of `tools`: of the one named `name`, else of any, several in a list
+    if `parallel`. Raises Refused for a function that is not there, or whose parameters have no such schema."""
+    chosen = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
+    if not chosen:
+        raise Refused(f"tool_choice names {name}, which is none of the tools")
+    shared: dict[str, dict[str, Any]] = {}
+    calls = [_call_schema(function, shared) for function in chosen]
+    schema: dict[str, Any] = {"anyOf": calls} if len(calls) > 1 else calls[0]
+    if parallel and name is None:
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    return {**schema, **shared, "x-guidance": SPACED}
+
+
 class ToolStream:
     """Text as it comes, without what may be a call: `push` returns what is certainly none, `close` the rest and the calls."""
 
@@ -76,6 +94,19 @@ class ToolStream:
     def _may_be_bare(self) -> bool:
         start = self._held.lstrip()
         return not start or start[0] in "{[" or any(head.startswith(start) or start.startswith(head) for head in HEADS)
+
+
+def _call_schema(function: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One call's; definitions that it refers to go where references look for them, at the top."""
+    parameters = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
+    if parameters["type"] != "object":
+        raise Refused(f"the parameters of {function['name']} are no object", "unsupported_value")
+    for word in DEFINITIONS:
+        for key, value in parameters.pop(word, {}).items():
+            if shared.setdefault(word, {}).setdefault(key, value) != value:
+                raise Refused(f"two functions define {key} differently: no call can be forced", "unsupported_value")
+    properties = {"name": {"const": function["name"]}, "arguments": parameters}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
 
 
 def _bare(text: str, known: Collection[str]) -> list[ToolCall]:

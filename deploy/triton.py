@@ -18,6 +18,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
+from deploy import trtllm_folder
 from nemo_ext.command_line import NO_DEFAULT, key, main
 from nemo_ext.disk import write_atomic
 from nemo_ext.errors import UserError
@@ -116,7 +117,7 @@ def command(options: Options) -> None:
 
 def line(out: Path, engine: dict[str, Any]) -> list[str]:
     """What starts Triton in its container."""
-    if (ranks := _ranks(engine)) > 1:
+    if (ranks := trtllm_folder.ranks(engine["pretrained_config"])) > 1:
         return ["python3", LAUNCHER, f"--world_size={ranks}", f"--model_repo={out}"]
     return ["tritonserver", f"--model-repository={out}", "--disable-auto-complete-config"]
 
@@ -205,24 +206,16 @@ def pbtxt(message: dict[str, Any], indent: str = "") -> str:
 def read_engine(folder: Path) -> dict[str, Any]:
     """config.json of TensorRT-LLM's engines. Raises UserError for anything else, for missing ranks, and for engines without
     in-flight batching."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
-        raise UserError(f"engine={folder}: config.json: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"engine={folder}: config.json is not JSON") from None
-    build = config.get("build_config") if isinstance(config, dict) else None
-    if not isinstance(build, dict) or not isinstance(config.get("pretrained_config"), dict):
-        raise UserError(
-            f"engine={folder} holds no engines of TensorRT-LLM: python deploy/build.py checkpoint=FOLDER out={folder}"
-        )
+    config = trtllm_folder.read(
+        "engine", folder, "rank{rank}.engine",
+        lambda config: config.get("pretrained_config") if isinstance(config.get("build_config"), dict) else None,
+        f"holds no engines of TensorRT-LLM: python deploy/build.py checkpoint=FOLDER out={folder}",
+    )  # fmt: skip
+    build = config["build_config"]
     if type(build.get("max_batch_size")) is not int or build["max_batch_size"] < 1:
         raise UserError(f"engine={folder}: config.json has no build_config.max_batch_size")
     if (cache := str(build.get("kv_cache_type", "paged")).rpartition(".")[2].lower()) != "paged":
         raise UserError(f"engine={folder} was built with a {cache} cache; in-flight batching needs cache=paged")
-    missing = [rank for rank in range(_ranks(config)) if not (folder / f"rank{rank}.engine").is_file()]
-    if missing:
-        raise UserError(f"engine={folder} lacks rank{missing[0]}.engine of its {_ranks(config)} ranks")
     return config
 
 
@@ -238,11 +231,6 @@ def check(options: Options) -> None:
             raise UserError(f"{name}={value} must be an absolute path in the container")
     if not (Path(options.tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"tokenizer={options.tokenizer} has no tokenizer_config.json: it is no Hugging Face folder")
-
-
-def _ranks(engine: dict[str, Any]) -> int:
-    mapping = engine["pretrained_config"].get("mapping") or {}
-    return int(mapping.get("tp_size", 1)) * int(mapping.get("pp_size", 1)) * int(mapping.get("cp_size", 1))
 
 
 def _bare(tensor: Tensor) -> Tensor:

@@ -159,15 +159,21 @@ def parse(schema: type, arguments: list[str], example: str) -> Any:
     given, help = settings([a for a in arguments if a not in ("debug=true", "debug=false")], example)
     if help:
         return None
+    return fill(schema, given, example=example)
+
+
+def fill(schema: type, given: dict[str, Any], where: str = "", example: str = "") -> Any:
+    """An instance of `schema` from settings. `where` is what their names begin with. Raises UserError, which shows an `example`
+    where a key is missing."""
     known, values = keys_of(schema), {}
     for name, value in given.items():
         if name not in known:
-            raise UserError(f"unknown key {name}{nearest(name, known)}")
-        values[known[name].name] = typed(name, value, known[name])
-        check_choice(name, value, known[name])
-    missing = [name for name, f in known.items() if f.default is NO_DEFAULT and values.get(f.name) is None]
-    if missing:
-        raise UserError(f"{missing[0]}= is missing (for example: {example}); --help shows the keys")
+            raise UserError(f"unknown key {where}{name}{nearest(name, known)}")
+        values[known[name].name] = typed(f"{where}{name}", value, known[name])
+        check_choice(f"{where}{name}", value, known[name])
+    for name, field in known.items():
+        if field.default is NO_DEFAULT and values.get(field.name) is None:
+            raise UserError(f"{where}{name}= is missing{f' (for example: {example})' if example else ''}; --help shows the keys")
     return schema(**values)
 
 

@@ -14,16 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from deploy.engine.beams import BeamSearch
+from deploy.engine import speculation
+from deploy.engine.beams import GroupedSearch
 from deploy.engine.grammar import Grammars
+from deploy.engine.images import MOST, MOST_PIXELS, embeddings, of_model
 from deploy.engine.network import Network
 from deploy.engine.prompts import Prompts, load_tokenizer
 from deploy.engine.request import Busy, Output, Refused, Request, Stats
-from deploy.engine.sampling import choose, logprob, new_state
+from deploy.engine.sampling import Guess, choose, logprob, new_state
 from deploy.engine.scheduler import Copy, Group, Scheduler, Sequence
+from deploy.engine.speculation import Draft
 
 log = logging.getLogger("llm_builder.engine")
 Deliver = Callable[[Output], None]
@@ -43,16 +47,26 @@ class Engine:
         context: int | None = None,
         dtype: str | None = None,
         adapters: dict[str, Path] | None = None,
+        draft: str | Path | None = None,
+        draft_tokens: int = 4,
+        images: int = MOST,
+        image_pixels: int = MOST_PIXELS,
     ) -> None:
         """Load the model of a Hugging Face folder. Raises UserError (see Network).
 
-        `rows` sequences run at once, and `max_waiting` requests wait. A step reads at most `prefill_tokens` of prompts.
+        `rows` sequences run at once, and `max_waiting` requests wait. A step reads at most `prefill_tokens` of prompts. With a
+        `draft` (see speculation.load) at most `draft_tokens` are guessed for each sequence and step. A model that sees takes at
+        most so many `images` in a request, of `image_pixels` each.
         """
         tokenizer = load_tokenizer(folder)
-        self.network = Network(folder, rows=rows, prefill_tokens=prefill_tokens, context=context, dtype=dtype, adapters=adapters)
+        sizes = dict(rows=rows, prefill_tokens=max(prefill_tokens, draft_tokens + 1), dtype=dtype)
+        self.network = Network(folder, context=context, adapters=adapters, **sizes)
+        self._drafter = speculation.load(draft, tokenizer, self.network.vocabulary, context=self.network.context, **sizes)
+        self._draft_tokens = draft_tokens
+        self._caches = (self.network.cache, *self._drafter.caches)
         self.adapters = tuple(adapters or ())
         self.context, self.rows, self.max_waiting = self.network.context, rows, max_waiting
-        self.prompts = Prompts(copy.deepcopy(tokenizer), self.network.vocabulary)
+        self.prompts = Prompts(copy.deepcopy(tokenizer), self.network.vocabulary, of_model(folder, images, image_pixels))
         self._tokenizer = tokenizer
         self._end_ids = self.network.end_ids(tokenizer)
         self._grammars = Grammars(copy.deepcopy(tokenizer), self.network.vocabulary, self._end_ids)
@@ -62,7 +76,7 @@ class Engine:
         self._numbers = itertools.count()
         self._wake = threading.Condition()  # over a lock that its holder may take again
         self._closing = False
-        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = self._guessed = self._accepted = 0
         self._seconds = FIRST_ESTIMATE  # that a request takes once it has rows, a moving mean
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -81,12 +95,29 @@ class Engine:
             raise Refused(f"n={request.n} and num_beams={s.num_beams} can be at most {self.rows} here")
         if request.adapter is not None and request.adapter not in self.adapters:
             raise Refused(f"there is no adapter {request.adapter}", "model_not_found")
+        if request.schema and (request.bad_words or request.force_words):
+            raise Refused("words and a schema do not go together", "unsupported_value")
         if s.num_beams > 1:
-            if request.n > s.num_beams:
-                raise Refused(f"n={request.n} is more than num_beams={s.num_beams}")
-            penalised = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
-            if request.stop or request.schema or request.logprobs is not None or penalised:
-                raise Refused("beam search goes without stop, schema, logprobs and penalties", "unsupported_value")
+            self._check_beams(request)
+        elif request.force_words or s.beam_groups > 1 or s.diversity_penalty:
+            raise Refused("words that must appear, and groups of beams, need num_beams above 1", "unsupported_value")
+
+    @staticmethod
+    def _check_beams(request: Request) -> None:
+        s = request.sampling
+        if request.n > s.num_beams:
+            raise Refused(f"n={request.n} is more than num_beams={s.num_beams}")
+        penalised = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+        if request.stop or request.logprobs is not None or penalised:
+            raise Refused("beam search goes without stop, logprobs and penalties", "unsupported_value")
+        if s.num_beams % s.beam_groups or (s.beam_groups > 1) != (s.diversity_penalty > 0):
+            raise Refused("num_beam_groups must divide num_beams, and goes with a diversity_penalty above 0")
+        if s.beam_groups > 1 and request.force_words:
+            raise Refused("words that must appear do not go with groups of beams", "unsupported_value")
+        if request.schema and request.ignore_eos:
+            raise Refused("beam search ends an answer that follows a schema by an end token: not with ignore_eos")
+        if sum(min(map(len, word)) for word in request.force_words) > request.max_tokens:
+            raise Refused(f"the words that must appear are more than max_tokens={request.max_tokens}")
 
     def submit(self, request: Request, deliver: Deliver) -> int:
         """Queue a request; `deliver` is called with each output, by the engine's thread, and must not block.
@@ -128,6 +159,8 @@ class Engine:
                 steps=self._steps,
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
+                draft_tokens=self._guessed,
+                accepted_tokens=self._accepted,
             )
 
     @property
@@ -190,35 +223,66 @@ class Engine:
         request = group.request
         group.started = time.monotonic()
         if request.sampling.num_beams > 1:
-            group.search = BeamSearch(request, self._end_ids)
+            group.search = GroupedSearch(request, self._end_ids, group.grammars[0] if group.grammars else None)
         for sequence in group.members:
-            grammar = group.grammars[sequence.index] if group.grammars else None
+            grammar = group.grammars[sequence.index] if group.grammars and not group.search else None
             sequence.state = new_state(request, sequence.index, self._tokenizer, grammar, self.network.device)
 
     def _step(self) -> None:
         if chunks := self._scheduler.chunks():
-            sequences = [chunk.sequence for chunk in chunks]
-            tokens = [s.ids[s.cached : s.cached + chunk.count] for s, chunk in zip(sequences, chunks, strict=True)]
-            logits = self._forward(sequences, tokens)
-            if logits is not None:
-                for sequence, new in zip(sequences, tokens, strict=True):
-                    sequence.cached += len(new)  # all of them before any row is moved
-                    self._prompt_tokens += len(new)
-                self._drop_spoilt(sequences, logits)
-                for row, sequence in enumerate(sequences):
-                    if sequence.row >= 0 and sequence.cached == len(sequence.ids):
-                        members = sequence.group.members
-                        self._copy(self._scheduler.start(sequence.group))
-                        self._advance(members, logits[row].repeat(len(members), 1))
+            self._read([chunk.sequence for chunk in chunks], [chunk.count for chunk in chunks])
         if running := list(self._scheduler.running()):
-            logits = self._forward(running, [s.ids[-1:] for s in running])
+            self._decode(running)
             self._steps += 1
-            if logits is not None:
-                for sequence in running:
-                    sequence.cached += 1
-                self._drop_spoilt(running, logits)
-                left = [row for row, sequence in enumerate(running) if sequence.row >= 0]
-                self._advance([running[row] for row in left], logits[left])
+
+    def _read(self, sequences: list[Sequence], counts: list[int]) -> None:
+        """Read more of some prompts; those that are read whole get their first tokens."""
+        tokens = [s.ids[s.cached : s.cached + count] for s, count in zip(sequences, counts, strict=True)]
+
+        def work() -> torch.Tensor:
+            self._drafter.read(sequences, tokens)
+            return self._forward(sequences, tokens)
+
+        if (logits := self._tried(sequences, work)) is None:
+            return
+        for sequence, new in zip(sequences, tokens, strict=True):
+            sequence.cached += len(new)  # all of them before any row is moved
+            self._prompt_tokens += len(new)
+        self._drop_spoilt(sequences, logits)
+        for row, sequence in enumerate(sequences):
+            if sequence.row >= 0 and sequence.cached == len(sequence.ids):
+                members, sequence.group.seen = sequence.group.members, None
+                self._copy(self._scheduler.start(sequence.group))
+                self._advance(members, logits[row].repeat(len(members), 1))
+
+    def _decode(self, running: list[Sequence]) -> None:
+        """Give running sequences a token, and further ones as far as their drafts hold."""
+
+        def work() -> tuple[list[Draft], list[list[int]], torch.Tensor]:
+            counts = [0 if s.group.search else min(self._draft_tokens, s.group.request.max_tokens - s.state.generated - 1)
+                      for s in running]  # fmt: skip
+            drafts = self._drafter.propose(running, counts)
+            tokens = [[s.ids[-1], *draft.tokens] for s, draft in zip(running, drafts, strict=True)]
+            return drafts, tokens, self._forward(running, tokens, every=True)
+
+        if (worked := self._tried(running, work)) is None:
+            return
+        drafts, tokens, logits = worked
+        self._guessed += sum(len(draft.tokens) for draft in drafts)
+        for sequence, new in zip(running, tokens, strict=True):
+            sequence.cached += len(new)  # rows that move before the end take all of them along
+        self._drop_spoilt(running, logits.flatten(1))
+        going = [row for row, sequence in enumerate(running) if sequence.row >= 0]
+        for place in range(logits.shape[1]):
+            if not going:
+                break
+            self._advance([running[row] for row in going], logits[going, place], [drafts[row].guess(place) for row in going])
+            going = [row for row in going if running[row].ids[-1:] == tokens[row][place + 1 : place + 2]]
+            self._accepted += len(going)
+            going = [row for row in going if running[row].row >= 0]
+        for sequence in running:
+            sequence.cached = len(sequence.ids) - 1  # what was guessed wrong is written over
+            sequence.drafted = min(sequence.drafted, sequence.cached)
 
     def _drop_spoilt(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """End requests whose logits [b, v] hold a NaN, and clear their rows before any row is moved."""
@@ -226,31 +290,50 @@ class Engine:
         groups = {id(sequences[row].group): sequences[row].group for row in wrong}.values()
         for group in groups:
             for member in group.members:
-                if member.row >= 0:
-                    self.network.cache.clear(member.row)
+                for cache in self._caches if member.row >= 0 else ():
+                    cache.clear(member.row)
         for group in groups:
             self._end(group, "error", "the model computed no number")
 
-    def _forward(self, sequences: list[Sequence], tokens: list[list[int]]) -> torch.Tensor | None:
-        """Logits after `tokens`; None after a failure, which ends these sequences' requests and leaves the others."""
+    def _forward(self, sequences: list[Sequence], tokens: list[list[int]], every: bool = False) -> torch.Tensor:
+        """Logits after `tokens` (see Network.forward)."""
+        adapters = [s.group.request.adapter for s in sequences]
+        seen = [self._seen(s, new) for s, new in zip(sequences, tokens, strict=True)]
+        return self.network.forward([s.row for s in sequences], tokens, [s.cached for s in sequences], adapters, every, seen)
+
+    def _seen(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], torch.Tensor] | None:
+        """Where placeholders of pictures stand among a prompt's next tokens, and their embeddings; None where there are none."""
+        group = sequence.group
+        if not group.request.pictures or sequence.cached >= len(group.request.prompt):
+            return None
+        sense = self.prompts.images.sense
+        if group.seen is None:
+            group.seen = embeddings(self.network.base, sense, group.request.pictures)
+        places = [place for place, token in enumerate(tokens) if token == sense.token_id]
+        before = sequence.ids[: sequence.cached].count(sense.token_id)
+        return places, group.seen[before : before + len(places)]
+
+    def _tried(self, sequences: list[Sequence], work: Callable[[], Any]) -> Any:
+        """What `work` returns; None after a failure, which ends these sequences' requests and leaves the others."""
         try:
-            return self.network.forward(
-                [s.row for s in sequences], tokens, [s.cached for s in sequences], [s.group.request.adapter for s in sequences]
-            )
+            return work()
         except Exception as error:
             log.exception("a step failed")
             for group in {id(s.group): s.group for s in sequences}.values():
                 self._end(group, "error", f"the model failed: {type(error).__name__}")
             return None
 
-    def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Give sequences that decode their next token, from logits [b, v]."""
+    def _advance(self, sequences: list[Sequence], logits: torch.Tensor, guesses: list[Guess | None] | None = None) -> None:
+        """Give sequences that decode their next token, from logits [b, v] and what was guessed (see sampling.choose)."""
+        self._tried(sequences, lambda: self._choose(sequences, logits, guesses or [None] * len(sequences)))
+
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor, guesses: list[Guess | None]) -> None:
         plain = [row for row, s in enumerate(sequences) if s.group.search is None]
         if plain:
             chosen = [sequences[row] for row in plain]
             wanted = [row for row in plain if sequences[row].state.logprobs is not None]
             originals = {id(sequences[row]): logits[row].clone() for row in wanted}
-            tokens = choose(logits[plain], [s.state for s in chosen], [s.ids for s in chosen])
+            tokens = choose(logits[plain], [s.state for s in chosen], [s.ids for s in chosen], [guesses[row] for row in plain])
             for sequence, token in zip(chosen, tokens, strict=True):
                 self._grow(sequence, token, originals.get(id(sequence)))
         beams: dict[int, list[int]] = {}
@@ -294,9 +377,13 @@ class Engine:
             for beam, parent, token in zip(beams, parents, tokens, strict=True):
                 beam.ids = [*ids[parent], token]
             return
+        answers = search.answers()
+        if not answers:
+            raise RuntimeError("no token is allowed in any beam")
         for beam in beams:
             self._copy(self._leave(beam))
-        for index, answer in enumerate(search.answers()):
+        for index in range(group.request.n):
+            answer = answers[min(index, len(answers) - 1)]  # a schema may have fewer answers than are wanted
             ended = answer[-1] in search.end_ids
             text = group.members[index].state.text
             spelled = "".join([text.push(token)[0] for token in (answer[:-1] if ended else answer)]) + text.flush()
@@ -333,8 +420,8 @@ class Engine:
 
     def _copy(self, copies: Iterable[Copy]) -> None:
         for sources, targets, length in copies:
-            if sources != targets and length:
-                self.network.cache.copy(sources, targets, length)
+            for cache in self._caches if sources != targets and length else ():
+                cache.copy(sources, targets, length)
 
     def _wait(self) -> int:
         """Seconds until a place in the queue is free, as requests ended so far; at least 1."""

@@ -29,6 +29,12 @@ class Grammar:
             raise RuntimeError(f"the grammar does not take token {token}: {self._matcher.get_error()}")
         return self._matcher.is_stopped()
 
+    def after(self, token: int) -> Grammar:
+        """The state after `token`; this one stays as it is."""
+        copy = Grammar(self._matcher.deep_copy(), self._vocabulary)
+        copy.advance(token)
+        return copy
+
 
 class Grammars:
     """Makes grammars for one tokenizer."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from conversion.multimodal.configuration import CLASSES, LLAVA, LLAVA_NEXT
 from deploy.engine import attention
 from deploy.engine.cache import RowCache
 from nemo_ext.errors import UserError
@@ -58,8 +59,12 @@ class Network:
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
         adapters: Sequence[str | None],
+        every: bool = False,
+        seen: Sequence[tuple[list[int], torch.Tensor] | None] = (),
     ) -> torch.Tensor:
-        """Logits [b, v] in fp32 after the last of each row's new `tokens`, which stand at `starts` and on in its cache."""
+        """Logits [b, v] in fp32 after the last of each row's new `tokens`, which stand at `starts` and on in its cache; `every`:
+        [b, s, v] after each of them, meaningless beyond a row's last. `seen`: for each row None, or places among its tokens and
+        the embeddings that stand there in place of the tokens' own."""
         width = max(map(len, tokens))
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens], device=self.device)
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
@@ -67,10 +72,10 @@ class Network:
         self.cache.place.set(rows, positions, length)
         masks = {kind: attention.mask(positions, length, self.model.dtype, window) for kind, window in self.windows.items()}
         last = [len(row) - 1 for row in tokens]
-        kept = sorted(set(last))
+        kept = list(range(width)) if every else sorted(set(last))
         more = {"adapter_names": [self._adapters[name] for name in adapters]} if self._adapters else {}
         logits = self.model(
-            input_ids=ids,
+            **self._inputs(ids, seen),
             position_ids=positions,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             past_key_values=self.cache,
@@ -79,7 +84,25 @@ class Network:
             logits_to_keep=torch.tensor(kept, device=self.device),
             **more,
         ).logits
+        if every:
+            return logits.float()
         return logits[range(len(rows)), [kept.index(place) for place in last]].float()
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """transformers' model, without adapters."""
+        return self.model.get_base_model() if self._adapters else self.model
+
+    def _inputs(self, ids: torch.Tensor, seen: Sequence[tuple[list[int], torch.Tensor] | None]) -> dict[str, torch.Tensor]:
+        """The tokens [b, s], or their embeddings [b, s, h] where a row has others."""
+        if all(row is None for row in seen):
+            return {"input_ids": ids}
+        embedded = self.base.get_input_embeddings()(ids)
+        for row, found in enumerate(seen):
+            if found is not None:
+                places, values = found
+                embedded[row, places] = values.to(embedded.dtype)
+        return {"inputs_embeds": embedded}
 
     def end_ids(self, tokenizer) -> frozenset[int]:
         """Tokens that end an answer: those of generation_config.json and the tokenizer's."""
@@ -110,9 +133,9 @@ class Network:
         ids = [(7919 * i + 11) % self.vocabulary for i in range(PROBE)]
         more = {"adapter_names": [BASE]} if self._adapters else {}
         logits = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False, **more).logits[0, -1].float()
-        network, half = self.model.get_base_model() if self._adapters else self.model, PROBE // 2
-        if _softmax_only(network.config):
-            network.set_attn_implementation(attention.register())
+        half, decoder = PROBE // 2, self.base.get_decoder() if _sees(self.base.config) else self.base  # not of its tower
+        if _softmax_only(decoder.config):
+            decoder.set_attn_implementation(attention.register())
         try:
             self.forward([0], [ids[:half]], [0], [None])
             found = self.forward([0], [ids[half:]], [half], [None])[0]
@@ -133,16 +156,16 @@ class Network:
 
 
 def _load(folder: Path, dtype: str | None, device: str):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
         quantized = getattr(config, "quantization_config", None) is not None
         kind = getattr(torch, dtype) if dtype else "auto" if device == "cuda" or quantized else torch.float32
         own = None if _softmax_only(config) else "eager"
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, attn_implementation=own, output_loading_info=True
-        )
+        loader = getattr(transformers, CLASSES[config.model_type] if _sees(config) else "AutoModelForCausalLM")
+        model, report = loader.from_pretrained(folder, dtype=kind, attn_implementation=own, output_loading_info=True)
     except Exception as error:  # the library raises many kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{folder} cannot be loaded: {lines[0]}") from error
@@ -151,6 +174,11 @@ def _load(folder: Path, dtype: str | None, device: str):
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise UserError(f"{folder}: {type(model).__name__} does not run from a cache of rows")
     return model.eval().to(device)
+
+
+def _sees(config) -> bool:
+    """Whether it is a model with a vision tower that is served with images."""
+    return config.model_type in (LLAVA, LLAVA_NEXT)
 
 
 def _softmax_only(config) -> bool:

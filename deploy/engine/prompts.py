@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.engine.request import Refused
 from nemo_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from deploy.engine.images import Images, Picture
+
+_PARTS = re.compile(r"""['"]type['"]|\.type\b""")  # in a chat template that takes content as parts
 
 
 def load_tokenizer(folder: Path):
@@ -21,10 +27,19 @@ def load_tokenizer(folder: Path):
         raise UserError(f"{folder}: the tokenizer cannot be loaded: {lines[0]}") from error
 
 
+def _flat(content: str | list[dict[str, str]], mark: str) -> str:
+    """Parts as one text, with a line of `mark` for an image."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else f"{mark}\n" for part in content)
+
+
 class Prompts:
     """Tokenises requests, in any thread."""
 
-    def __init__(self, tokenizer, vocabulary: int) -> None:
+    def __init__(self, tokenizer, vocabulary: int, images: Images | None = None) -> None:
+        """`images` of a model that sees."""
+        self.images = images
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._lock = threading.Lock()  # Rust's tokenizers are not for two threads at once
 
@@ -34,14 +49,19 @@ class Prompts:
         template = self._tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
+    @property
+    def parts_only(self) -> bool:
+        """Whether the template of a model that sees takes content as parts, and not as text."""
+        template = self.chat_template
+        return self.images is not None and bool(_PARTS.search(template)) and "is string" not in template
+
     def text(self, text: str) -> tuple[int, ...]:
         """Ids of a text, with the tokens that the tokenizer puts before one."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Refused("the prompt is not Unicode: it has half of a surrogate pair") from None
-        with self._lock:
-            return self._checked(self._tokenizer.encode(text, verbose=False))
+        return self._encode(text)
+
+    def word(self, text: str) -> tuple[tuple[int, ...], ...]:
+        """Spellings of a word as ids: as it is, and after a space."""
+        return tuple({self._encode(each, add_special_tokens=False): None for each in (text, f" {text}")})
 
     def ids(self, ids: list[int]) -> tuple[int, ...]:
         """Ids given as such."""
@@ -59,6 +79,29 @@ class Prompts:
             except Exception as error:  # templates raise by their own raise_exception, and whatever Python does
                 raise Refused(f"the chat template does not take these messages: {' '.join(str(error).split())[:300]}") from None
         return self._checked(ids)
+
+    def chat_with_images(
+        self, messages: list[dict[str, Any]], urls: list[str], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
+        """Ids of a conversation whose messages have content of parts, {"type": "image"} for each of `urls` in order, and the
+        pictures; each has as many placeholders in the ids as embeddings."""
+        if self.images is None:
+            raise Refused("this model reads text only: content of type image_url is not served", "unsupported_value")
+        self.images.check_count(len(urls))
+        if not _PARTS.search(self.chat_template):
+            mark = self._tokenizer.convert_ids_to_tokens(self.images.sense.token_id)
+            messages = [message | {"content": _flat(message["content"], mark)} for message in messages]
+        ids = self.chat(messages, tools)
+        pictures = tuple(self.images.picture(url) for url in urls)
+        return self.images.expand(ids, pictures), pictures
+
+    def _encode(self, text: str, **more: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Refused("the prompt is not Unicode: it has half of a surrogate pair") from None
+        with self._lock:
+            return self._checked(self._tokenizer.encode(text, verbose=False, **more))
 
     def _checked(self, ids) -> tuple[int, ...]:
         if not ids:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deploy.engine.images import Picture
 
 MAX_LOGPROBS = 20
 
@@ -41,6 +45,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int | None = None
     num_beams: int = 1  # above 1: beam search, without temperature
+    beam_groups: int = 1  # above 1: diverse beam search; num_beams is a multiple of it
+    diversity_penalty: float = 0.0  # subtracted from ln p of a token for each beam of an earlier group that took it
     length_penalty: float = 1.0  # a beam's score is its log probability / length ** length_penalty
 
     @property
@@ -60,9 +66,12 @@ class Request:
     stop: tuple[str, ...] = ()  # texts that end an answer and are no part of it
     logprobs: int | None = None  # None: none; else ln p of each token and of so many likeliest ones
     schema: str | None = None  # a JSON schema that the answer follows
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that must not follow each other in an answer
+    force_words: tuple[tuple[tuple[int, ...], ...], ...] = ()  # words that must appear, each in one of its spellings as ids
     adapter: str | None = None  # the name of a LoRA adapter; None: the model itself
     ignore_eos: bool = False
     timeout: float | None = None  # seconds from submission to the last token
+    pictures: tuple[Picture, ...] = ()  # whose placeholders stand in the prompt
 
 
 @dataclass(frozen=True)
@@ -101,3 +110,5 @@ class Stats:
     steps: int  # decoding steps so far
     prompt_tokens: int  # so far
     generated_tokens: int  # so far
+    draft_tokens: int = 0  # guessed so far
+    accepted_tokens: int = 0  # of those, answered

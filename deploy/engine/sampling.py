@@ -18,6 +18,9 @@ from transformers import (
 from deploy.engine.grammar import Grammar
 from deploy.engine.request import Logprob, Request, Sampling
 from deploy.engine.text import TextStream
+from deploy.engine.words import Word, banned
+
+Guess = tuple[int, torch.Tensor]  # a token, and the distribution q [v] that it was drawn from
 
 
 @dataclass(eq=False)
@@ -30,6 +33,7 @@ class State:
     generator: torch.Generator | None
     grammar: Grammar | None
     logprobs: int | None
+    bad_words: Rows[Word] = ()
     generated: int = 0
 
 
@@ -39,13 +43,18 @@ def new_state(request: Request, index: int, tokenizer, grammar: Grammar | None, 
     if request.sampling.seed is not None:
         generator = torch.Generator(device).manual_seed((request.sampling.seed + index) % 2**63)
     text = TextStream(tokenizer, request.prompt, request.stop)
-    return State(request.sampling, text, len(request.prompt), generator, grammar, request.logprobs)
+    return State(request.sampling, text, len(request.prompt), generator, grammar, request.logprobs, request.bad_words)
 
 
-def choose(logits: torch.Tensor, states: Rows[State], ids: Rows[list[int]]) -> list[int]:
+def choose(
+    logits: torch.Tensor,
+    states: Rows[State],
+    ids: Rows[list[int]],
+    guesses: Rows[Guess | None],
+) -> list[int]:
     """The next token of each sequence from its logits [b, v] in fp32, which are changed; `ids`: its tokens so far.
 
-    Sequences with the same temperature, top-k, top-p and min-p are filtered together; each draws from its own generator.
+    `guesses`: what was drawn for them before (see `accept`). Each draws from its own generator.
     """
     for row, (state, tokens) in enumerate(zip(states, ids, strict=True)):
         _penalise(logits[row], state, tokens)
@@ -53,16 +62,38 @@ def choose(logits: torch.Tensor, states: Rows[State], ids: Rows[list[int]]) -> l
             allowed = torch.from_numpy(state.grammar.allowed()).to(logits.device)
             logits[row].masked_fill_(~allowed, float("-inf"))
     chosen = logits.argmax(dim=-1).tolist()
+    for row, p in probabilities(logits, states).items():
+        guess, generator = guesses[row], states[row].generator
+        chosen[row] = draw(p, generator) if guess is None else accept(p, *guess, generator)
+    return chosen
+
+
+def probabilities(logits: torch.Tensor, states: Rows[State]) -> dict[int, torch.Tensor]:
+    """p [v] under temperature, top-k, top-p and min-p, by row of `logits` [b, v]; greedy rows have none. Rows with the same
+    settings are filtered together."""
     alike: dict[tuple, list[int]] = {}
     for row, state in enumerate(states):
         if not state.sampling.greedy:
             s = state.sampling
             alike.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
+    found = {}
     for settings, rows in alike.items():
-        p = torch.softmax(_filters(*settings)(None, logits[rows]), dim=-1)
-        for row, each in zip(rows, p, strict=True):
-            chosen[row] = int(torch.multinomial(each, 1, generator=states[row].generator))
-    return chosen
+        found.update(zip(rows, torch.softmax(_filters(*settings)(None, logits[rows]), dim=-1), strict=True))
+    return found
+
+
+def draw(p: torch.Tensor, generator: torch.Generator | None) -> int:
+    """A token of p [v], which need not sum to one."""
+    return int(torch.multinomial(p, 1, generator=generator))
+
+
+def accept(p: torch.Tensor, guess: int, q: torch.Tensor, generator: torch.Generator | None) -> int:
+    """A token of p [v], given a `guess` that was drawn from q [v]: the guess with probability min(1, p/q), else one of what p
+    has above q (speculative sampling, Leviathan et al. 2023, arXiv:2211.17192, algorithm 1)."""
+    if float(torch.rand((), generator=generator, device=p.device) * q[guess]) < float(p[guess]):
+        return guess
+    left = (p - q).clamp(min=0)
+    return draw(left if left.any() else p, generator)  # nothing is left where p is q but for rounding
 
 
 def logprob(logits: torch.Tensor, token: int, top: int, tokenizer) -> Logprob:
@@ -84,6 +115,8 @@ def _penalise(logits: torch.Tensor, state: State, ids: list[int]) -> None:
         generated = torch.tensor(ids[state.prompt_length :], device=logits.device)
         tokens, counts = generated.unique(return_counts=True)
         logits[tokens] -= s.presence_penalty + s.frequency_penalty * counts
+    if wrong := banned(ids, state.bad_words):
+        logits[wrong] = float("-inf")
 
 
 def _filters(temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:

@@ -26,6 +26,7 @@ class Sequence:
     ids: list[int]  # prompt and generated
     row: int = -1
     cached: int = 0  # tokens of `ids` whose keys and values are in the row
+    drafted: int = 0  # the same in the draft model's row
     state: Any = None  # what chooses and spells its tokens
 
 
@@ -41,6 +42,7 @@ class Group:
     grammars: list = field(default_factory=list)  # one for each answer, if they follow a schema
     search: Any = None  # the beam search of its members, if that is what it is
     started: float = 0.0  # when it got rows
+    seen: Any = None  # embeddings of its pictures [placeholders, h], while its prompt is read
 
     @property
     def rows(self) -> int:
@@ -112,7 +114,7 @@ class Scheduler:
             self.decoding += 1
             if sequence is not first:
                 copies.append(([first.row], [target], length))
-                sequence.cached = length
+                sequence.cached, sequence.drafted = length, first.drafted
         return copies
 
     def leave(self, sequence: Sequence) -> list[Copy]:

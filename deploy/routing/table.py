@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from deploy.limits import read_keys
-from nemo_ext.command_line import NO_DEFAULT, check_choice, key, keys_of, nearest, typed
+from nemo_ext.command_line import NO_DEFAULT, fill, key
 from nemo_ext.errors import UserError
 
 PREFIX = "versions."
@@ -42,20 +42,6 @@ class Version:
     model: str
     ready: str = "/ready"
     api_key: str | None = None
-
-
-def fill(schema: type, given: dict[str, Any], where: str = "") -> Any:
-    """An instance of `schema` from settings. `where` is what their names begin with. Raises UserError."""
-    known, values = keys_of(schema), {}
-    for name, value in given.items():
-        if name not in known:
-            raise UserError(f"unknown key {where}{name}{nearest(name, known)}")
-        values[known[name].name] = typed(f"{where}{name}", value, known[name])
-        check_choice(f"{where}{name}", value, known[name])
-    for name, field in known.items():
-        if field.default is NO_DEFAULT and values.get(field.name) is None:
-            raise UserError(f"{where}{name}= is missing; --help shows the keys")
-    return schema(**values)
 
 
 def split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -85,13 +85,14 @@ class Fake:
 class InThread:
     """An application served by a thread of this process."""
 
-    def __init__(self, app, server=uvicorn.Server, **config) -> None:
-        from deploy import serve
+    def __init__(self, app, server=None, **config) -> None:
+        """`server`: makes the uvicorn server of the application; None: a plain one with this `config`."""
+        from deploy.listening import bind
 
-        self._socket = serve.bind("127.0.0.1", 0)
+        self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         more = dict(log_level="critical", access_log=False, timeout_graceful_shutdown=1, lifespan="off") | config
-        self.server = server(uvicorn.Config(app, **more))
+        self.server = server(app) if server else uvicorn.Server(uvicorn.Config(app, **more))
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
         wait_until(lambda: self.server.started)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -135,16 +134,14 @@ class Served:
     """A server in a thread of this process."""
 
     def __init__(self, service, keys=None) -> None:
-        from deploy import serve
-        from deploy.server import DrainingServer, create_app
+        from deploy.listening import Server, bind
+        from deploy.server import create_app
 
         self.service = service
-        self._socket = serve.bind("127.0.0.1", 0)
+        self._socket = bind("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(create_app(service, keys), log_level="error", access_log=False, lifespan="off",
-                                timeout_graceful_shutdown=1)  # fmt: skip
-        self.server = DrainingServer(config, service)
+        self.server = Server(create_app(service, keys), service)
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
         self.client = httpx.Client(base_url=self.url, timeout=60)

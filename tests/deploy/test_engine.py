@@ -100,23 +100,6 @@ def test_several_answers_read_the_prompt_once(ask, engine, baseline):
     assert len({tuple(several.ids(index)) for index in range(3)}) == 3
 
 
-@pytest.mark.parametrize("beams, length_penalty", [(2, 1.0), (4, 0.0), (3, -1.0)])
-def test_beams_are_generates(ask, reference, baseline, beams, length_penalty):
-    import torch
-
-    other = ask(Request(prompts(1, seed=8)[0], 60, GREEDY))
-    for prompt in prompts(3, seed=9):
-        request = Request(prompt, 14, Sampling(num_beams=beams, length_penalty=length_penalty), n=2)
-        answers = ask(request).wait()
-        ids = torch.tensor([prompt])
-        expected = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, num_beams=beams, num_return_sequences=2,
-            length_penalty=length_penalty, do_sample=False, pad_token_id=259, early_stopping=False,
-        )[:, len(prompt) :].tolist()  # fmt: skip
-        assert [answers.ids(i) for i in range(2)] == [[id for id in row if id != 259] for row in expected]
-    assert other.wait().ids() == generate(reference, prompts(1, seed=8)[0], max_new_tokens=60)
-
-
 def test_penalties_by_hand():
     import torch
 
@@ -125,7 +108,7 @@ def test_penalties_by_hand():
 
     def chosen(**settings) -> int:
         state = State(Sampling(temperature=0, **settings), TextStream(None, ()), 2, None, None, None)
-        return choose(torch.tensor([[3.0, 2.9, 2.0, 1.0]]), [state], [[0, 3, 0, 0, 1]])[0]
+        return choose(torch.tensor([[3.0, 2.9, 2.0, 1.0]]), [state], [[0, 3, 0, 0, 1]], [None])[0]
 
     assert chosen() == 0
     assert chosen(presence_penalty=0.5) == 0  # 2.5, 2.4: both came
@@ -237,6 +220,12 @@ def test_cancelled_late_and_failed(ask, engine, reference, baseline, monkeypatch
     assert failed.finish() == "error" and "RuntimeError" in failed.outputs[-1].message
     monkeypatch.undo()
     assert engine.alive and ask(Request(other, 5, GREEDY)).wait().ids() == survivor.ids()
+    monkeypatch.setattr("deploy.engine.engine.choose", broken)
+    assert ask(Request(prompt, 5, GREEDY)).wait().finish() == "error"
+    nothing = ask(Request(prompt, 5, Sampling(num_beams=2), bad_words=tuple((token,) for token in range(260)))).wait()
+    assert nothing.finish() == "error"
+    monkeypatch.undo()
+    assert engine.alive and ask(Request(other, 5, GREEDY)).wait().ids() == survivor.ids()
 
 
 def test_a_cancelled_row_is_filled_by_one_that_runs(ask, engine, reference, baseline):
@@ -279,8 +268,8 @@ def test_numbers_gone_wrong_stay_in_their_request(ask, engine, reference, baseli
         assert not layer.keys.isnan().any() and not layer.values.isnan().any()
     forward, spoilt = engine.network.forward, []
 
-    def wrong(rows, tokens, starts, adapters):
-        logits = forward(rows, tokens, starts, adapters)
+    def wrong(rows, tokens, starts, *more):
+        logits = forward(rows, tokens, starts, *more)
         if not spoilt and len(tokens[0]) > 1 and engine.stats().running > 2:
             spoilt.append(rows[0])
             logits[0] = float("nan")
@@ -318,6 +307,12 @@ def test_a_full_queue_says_when(ask, engine, baseline):
         (Request((1,), 5, Sampling(num_beams=9)), "at most 4"),
         (Request((1,), 5, Sampling(num_beams=2), n=3), "more than num_beams"),
         (Request((1,), 5, Sampling(num_beams=2), stop=("x",)), "beam search goes without"),
+        (Request((1,), 5, Sampling(num_beams=3, beam_groups=2, diversity_penalty=1.0)), "must divide num_beams"),
+        (Request((1,), 5, Sampling(num_beams=4, beam_groups=2)), "goes with a diversity_penalty"),
+        (Request((1,), 5, Sampling(beam_groups=2, diversity_penalty=1.0)), "need num_beams above 1"),
+        (Request((1,), 5, force_words=(((2,),),)), "need num_beams above 1"),
+        (Request((1,), 1, Sampling(num_beams=2), force_words=(((2, 3),),)), "are more than max_tokens=1"),
+        (Request((1,), 5, bad_words=((2,),), schema="{}"), "words and a schema"),
     ],
 )
 def test_refused_before_it_waits(ask, request_, message):

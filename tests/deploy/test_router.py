@@ -14,8 +14,8 @@ from fake_servers import Fake, InThread, wait_until
 
 from deploy import route
 from deploy.limits import Keys, Limits
+from deploy.listening import Server
 from deploy.routing.router import Router, create_app
-from deploy.server import DrainingServer
 
 FAST = ("probe_every=0.05", "probe_timeout=1.0", "failures=2", "cooldown=0.3")
 
@@ -34,7 +34,7 @@ class Routed:
             yield
 
         app = create_app(self.router, keys, background)
-        self.served = InThread(app, lambda config: DrainingServer(config, self.router), lifespan="on")
+        self.served = InThread(app, lambda app: Server(app, self.router, lifespan="on"))
         self.url = self.served.url
         self.client = httpx.Client(base_url=self.url, timeout=20)
         wait_until(self.router.usable)

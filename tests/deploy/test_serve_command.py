@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy import bench, load, serve
+from deploy import bench, listening, load, serve
 from nemo_ext.command_line import parse
 from nemo_ext.errors import RunError, UserError
 
@@ -39,6 +39,9 @@ def options(*arguments: str) -> serve.Options:
         (["model=hf:{}", "backend=vllm"], "is not installed"),
         (["model=hf:{}", "api_keys=nowhere.txt"], "cannot be read"),
         (["model=hf:{}", "context=512"], "1 to 256"),
+        (["model=hf:{}", "draft=small"], "neither ngram nor hf:FOLDER"),
+        (["model=hf:{}", "draft=hf:nowhere"], "no such folder"),
+        (["model=hf:{}", "draft_tokens=0"], "1 or more"),
         (["model=hf:{}", "host=203.0.113.7"], "host=203.0.113.7"),
     ],
 )
@@ -50,7 +53,7 @@ def test_refused_in_a_line(tiny, arguments, words, monkeypatch):
 
 
 def test_a_taken_port(tiny):
-    with serve.bind("127.0.0.1", 0) as taken:
+    with listening.bind("127.0.0.1", 0) as taken:
         with pytest.raises(UserError, match="Address already in use"):
             serve.command(options(f"model=hf:{tiny}", f"port={taken.getsockname()[1]}", "backend=embedded"))
 
@@ -76,7 +79,8 @@ def process(tiny, tmp_path_factory):
     """`python deploy/serve.py` over the random model, and its address."""
     log = tmp_path_factory.mktemp("serve") / "log"
     with open(log, "w") as out:
-        command = [sys.executable, "deploy/serve.py", f"model=hf:{tiny}", "port=0", "backend=embedded", "rows=4", "drain=20"]
+        command = [sys.executable, "deploy/serve.py", f"model=hf:{tiny}", "port=0", "backend=embedded", "rows=4", "drain=20",
+                   "draft=ngram"]  # fmt: skip
         child = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
@@ -111,6 +115,7 @@ def test_bench(process, tmp_path, capfd):
         assert 0 < first["p50"] <= first["p95"] <= first["p99"] <= whole["p99"] <= level["seconds"]
     assert (out / "bench.png").stat().st_size > 10_000
     table = (out / "report.md").read_text()
+    assert "llm_builder_accepted_draft_tokens_total" in httpx.get(f"{url}/metrics").text
     assert f"## {url}" in table and table in capfd.readouterr().out
     with pytest.raises(RunError, match="no request of 1 clients was answered: status 404"):
         load.run(url, load.Load("other", ["x"], 4, 2), [1])

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import resource
 import socket
 import time
 
@@ -12,6 +13,7 @@ import pytest
 from served_models import Served
 
 GREEDY = dict(temperature=0)
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def events(response: httpx.Response) -> list[dict]:
@@ -20,18 +22,18 @@ def events(response: httpx.Response) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def wait_until_answered(service, seconds: float = 10.0) -> None:
-    """Until no request is open."""
-    deadline = time.monotonic() + seconds
-    while service.open:
-        assert time.monotonic() < deadline, service.open
-        time.sleep(0.01)
-
-
 def wait_until_idle(engine, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while (stats := engine.stats()).running or stats.waiting:
         assert time.monotonic() < deadline, stats
+        time.sleep(0.01)
+
+
+def wait_until_alone(served, seconds: float = 20.0) -> None:
+    """Until the server works on nothing, and only the fixture's own client may be connected."""
+    state, deadline = served.server.server_state, time.monotonic() + seconds
+    while len(state.connections) > 1 or state.tasks or served.service.open:
+        assert time.monotonic() < deadline, (len(state.connections), len(state.tasks), served.service.open)
         time.sleep(0.01)
 
 
@@ -167,8 +169,12 @@ def test_malformed_bodies(served, content, baseline):
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "reads text only"),
-        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}, "auto or none"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, "reads text only"),
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tool_choice": "sometimes", "tools": [TOOL]}, "none of auto, none, required"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "names g, which is none of"),
+        ({"tool_choice": {"type": "function"}, "tools": [TOOL]}, "tool_choice must be"),
+        ({"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}}, "do not go together"),
         ({"top_logprobs": 2}, "logprobs=true"),
         ({"response_format": {"type": "json_schema"}}, "needs json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "what"}}}}, "schema"),
@@ -234,7 +240,7 @@ def test_clients_that_leave_free_their_rows(served, engine, baseline):
         started = engine.stats().generated_tokens
         wait_until_idle(engine)
         assert engine.stats().generated_tokens - started < 6 * 200
-    wait_until_answered(served.service)
+    wait_until_alone(served)
 
 
 def test_a_full_server_says_when_to_return(served, engine, baseline):
@@ -252,42 +258,170 @@ def test_a_full_server_says_when_to_return(served, engine, baseline):
             assert int(response.headers["retry-after"]) >= 1
 
 
-def test_slow_readers_hold_no_rows_and_leave_nothing(served, engine, baseline, monkeypatch):
-    """Many clients that read nothing at first: the engine goes on without them, all get all, and memory comes back."""
-    count = 120
-    monkeypatch.setattr(engine, "max_waiting", count)  # a full queue is another test
-    payload = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 8, "stream": True, "ignore_eos": True}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: "
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: "
+
+
+def connect(port: int, small: bool = False) -> socket.socket:
+    """A client's connection, with little room for what it does not read."""
+    client = socket.socket()
+    if small:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.settimeout(60)
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+def test_a_thousand_slow_clients(served, engine, baseline, monkeypatch):
+    """Some read nothing, some send a body byte by byte, some not even a head, all at once. Quick clients are answered as ever;
+    the slow ones hold no row, get everything in the end, and leave nothing behind."""
+    readers, senders, silent = 400, 400, 200
+    monkeypatch.setattr(engine, "max_waiting", readers)  # a full queue is another test
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 3000:
+        pytest.skip(f"both ends of 1,000 connections need 3,000 open files, and {hard} are allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3000), hard))
+    payload = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 4, "stream": True, "ignore_eos": True}).encode()
+    whole = HEAD + str(len(payload)).encode() + b"\r\n\r\n" + payload
+
+    def quick() -> None:
+        assert httpx.get(f"{served.url}/health", timeout=5).status_code == 200
+        asked = {"model": "tiny", "prompt": "x", "max_tokens": 2, "ignore_eos": True}
+        assert httpx.post(f"{served.url}/v1/completions", timeout=20, json=asked).status_code == 200
 
     def crowd() -> None:
-        sockets, before = [], engine.stats().generated_tokens
-        for _ in range(count):
-            client = socket.create_connection(("127.0.0.1", served.port))
-            client.settimeout(20)
-            client.sendall(head + str(len(payload)).encode() + b"\r\n\r\n" + payload)
-            sockets.append(client)
+        before = engine.stats().generated_tokens
+        clients = [connect(served.port, small=True) for _ in range(readers + senders + silent)]
+        for client in clients[:readers]:
+            client.sendall(whole)
+        for at in range(0, len(whole) - len(payload) + 20, 7):
+            for client in clients[readers:-silent]:
+                client.sendall(whole[at : at + 7])
+            if at == 70:
+                quick()
+        for client in clients[-silent:]:
+            client.sendall(whole[:30])
+        quick()
         deadline = time.monotonic() + 60
-        while engine.stats().generated_tokens - before < 8 * count:  # nobody has read anything
+        while engine.stats().generated_tokens - before < 4 * readers:  # nobody has read anything
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for client in sockets:
+        wait_until_idle(engine)
+        quick()
+        for client in clients[:readers]:
             answer = b""
             while data := client.recv(65536):
                 answer += data
             assert answer.count(b"data: ") >= 2 and b"[DONE]" in answer
+        for client in clients:  # those that sent only a part leave
             client.close()
+        wait_until_alone(served)
 
     process = psutil.Process()
     crowd()
     gc.collect()
     memory, files = process.memory_info().rss, process.num_fds()
-    for _ in range(2):
-        crowd()
+    crowd()
     gc.collect()
-    time.sleep(0.2)
     assert process.memory_info().rss - memory < 16 << 20
     assert process.num_fds() <= files + 5
-    wait_until_answered(served.service)
+
+
+def test_clients_that_stall_are_closed(engine):
+    """A head that never ends, as the first request or after an answered one; not a client that may still ask."""
+    from deploy.limits import Limits
+    from deploy.server import Service
+
+    def healthy(client: socket.socket) -> bool:
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += client.recv(1000)
+        return b" 200 " in answer
+
+    served = Served(Service(engine, "tiny", Limits(body_seconds=0.3)))
+    try:
+        new, known, resting = (connect(served.port) for _ in range(3))
+        assert healthy(known) and healthy(resting)
+        rests = time.monotonic()
+        for client in (new, known):
+            client.sendall(HEAD[:20])
+        for client in (new, known):
+            with pytest.raises(ConnectionResetError):
+                assert client.recv(1000) == b""
+                raise ConnectionResetError
+        assert time.monotonic() - rests > 4 or healthy(resting)  # uvicorn keeps a connection for five seconds
+        for client in (new, known, resting):
+            client.close()
+    finally:
+        served.close()
+
+
+def test_an_answer_that_nobody_takes_is_dropped(monkeypatch):
+    """`close` waits for the client no longer than LINGER."""
+    from deploy import listening
+
+    monkeypatch.setattr(listening, "LINGER", 0.2)
+
+    async def lost() -> float:
+        gone, loop, began = asyncio.Event(), asyncio.get_running_loop(), time.monotonic()
+
+        class Writes(asyncio.Protocol):
+            def connection_made(self, transport) -> None:
+                transport.write(b"x" * (64 << 20))
+                listening.Patient(transport, loop).close()
+
+            def connection_lost(self, problem) -> None:
+                gone.set()
+
+        server = await loop.create_server(Writes, "127.0.0.1", 0)
+        with socket.create_connection(server.sockets[0].getsockname()):
+            await asyncio.wait_for(gone.wait(), 10)
+        server.close()
+        return time.monotonic() - began
+
+    assert 0.2 <= asyncio.run(lost()) < 5
+
+
+def test_too_many_connections(engine):
+    """Requests are answered 503, those that watch the server are not; far more are closed."""
+    from deploy import listening
+    from deploy.limits import Limits
+    from deploy.server import Service
+
+    served = Served(Service(engine, "tiny", Limits(connections=3)))
+    try:
+        idle = [connect(served.port) for _ in range(4)]
+        refused = served.complete("x", max_tokens=2)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1" and "3 connections" in refused.text
+        for path in ("/health", "/ready", "/metrics"):
+            assert httpx.get(served.url + path).status_code == 200
+        more = [connect(served.port) for _ in range(listening.RESERVE)]
+        with pytest.raises(httpx.HTTPError):
+            assert httpx.get(served.url + "/health").status_code == 200
+        for client in idle + more:
+            client.close()
+        deadline = time.monotonic() + 5
+        while served.server.server_state.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert served.complete("x", max_tokens=2).status_code == 200
+    finally:
+        served.close()
+
+
+def test_open_files(monkeypatch):
+    from deploy import listening
+    from nemo_ext.errors import UserError
+
+    set_, limits = [], (1024, 2048)
+    monkeypatch.setattr(listening.resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(listening.resource, "setrlimit", lambda which, value: set_.append(value))
+    listening.allow_files(100)
+    assert not set_
+    listening.allow_files(1024)
+    assert set_ == [(1024 + listening.RESERVE + listening.FILES, 2048)]
+    with pytest.raises(UserError, match="connections=4000 needs 4384 open files"):
+        listening.allow_files(4000)
 
 
 def test_draining_refuses_and_finishes(engine):
