@@ -19,6 +19,7 @@ from nemo_ext import command_line
 from nemo_ext.command_line import keys_of, read_config, typed
 from nemo_ext.disk import write_atomic
 from nemo_ext.errors import UserError
+from recipes.grpo import REFUSED as GRPO_REFUSED
 from recipes.grpo import GrpoKeys
 
 __all__ = ["Command", "help_lines", "parse", "read_config", "save"]
@@ -101,6 +102,8 @@ def _take(command: Command, settings: dict[str, Any]) -> None:
             command.overrides[name] = value
         elif owners := executors.owners(name.split(".")[0]):
             raise UserError(f"{name}= is for executor={owners[0]}, not for executor={command.executor}")
+        elif schema is GrpoKeys and name in GRPO_REFUSED:
+            raise UserError(f"{name}= is not for {command.recipe}: {GRPO_REFUSED[name]}")
         else:
             raise UserError(f"unknown key {name}{command_line.nearest(name, [*fields, *own, *LAUNCH_KEYS, *paths])}")
 

@@ -9,6 +9,8 @@ import recipes
 from nemo_ext.errors import UserError
 from recipes import models
 
+PATHS = ("model", "tokenizer", "tower", "images")  # keys that may name files of this machine
+
 
 def starting_point(recipe: str, method, family: str, keys: dict[str, Any], planning: bool):
     """The checkpoint a run starts from (None for random weights) and the model's architecture. Raises UserError."""

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+import recipes
+from launchers.memory import Tower
 from launchers.plan import Plan, Request
 from nemo_ext.errors import UserError
+from nemo_ext.multimodal.description import Sense
+from nemo_ext.multimodal.freezing import FROZEN, num_trained
 
 GIB = 2**30
 
 
 def trained(method, keys: dict[str, Any], architecture) -> int:
-    """Parameters that have gradients and optimizer states."""
+    """Parameters of the decoder that have gradients and optimizer states."""
     from nemo_ext import adapters
 
-    if not method.adapter:
-        return architecture.num_parameters()
-    return adapters.trained(architecture, method.adapter, keys)
+    if method.modality and keys["train_language"] == FROZEN:
+        return 0
+    kind = recipes.adapter(method, keys)
+    return adapters.trained(architecture, kind, keys) if kind else architecture.num_parameters()
 
 
-def request(keys: dict[str, Any], machine, trainable: float, nf4: bool) -> Request:
-    """What is asked of the planner. `trainable`: the share of the parameters with gradients. Raises UserError where nothing says
-    how much memory a device has."""
+def tower(keys: dict[str, Any], architecture, sense: Sense | None) -> Tower | None:
+    """What the planner has to know of a model's sense."""
+    if sense is None:
+        return None
+    parts = num_trained(recipes.trained_parts(keys), architecture, (sense,), keys)
+    encoder, projector = sense.encoder, sense.projector_parameters(architecture.hidden_size)
+    positions = math.prod(encoder.grid)
+    ffn = encoder.config.get("intermediate_size") or encoder.config["encoder_ffn_dim"]
+    return Tower(
+        name=keys["tower"] or f"that of {keys['model']}", parameters=encoder.num_parameters() + projector, projector=projector,
+        trained=parts["tower"] + parts["projector"], layers=encoder.num_computed_layers, hidden_size=encoder.hidden_size,
+        ffn_hidden_size=ffn, positions=positions, embeddings=sense.tokens, keeps=parts["tower"] > 0,
+    )  # fmt: skip
+
+
+def request(keys: dict[str, Any], machine, trainable: float, nf4: bool, tower: Tower | None = None) -> Request:
+    """What is asked of the planner. `trainable`: the share of the decoder's parameters with gradients. Raises UserError where
+    nothing says how much memory a device has."""
     if keys["gpu_memory"]:
         memory = keys["gpu_memory"] * GIB
     elif keys["device"] == "cpu":
@@ -33,7 +54,9 @@ def request(keys: dict[str, Any], machine, trainable: float, nf4: bool) -> Reque
         raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
     names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device double_quant"
     wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}}
-    return Request(**wanted, gpu_memory=memory, trainable=trainable, sequence_parallel=keys["sp"], cross_entropy="te")
+    return Request(
+        **wanted, gpu_memory=memory, trainable=trainable, sequence_parallel=keys["sp"], cross_entropy="te", tower=tower
+    )
 
 
 def keys_of(planned: Plan) -> dict[str, Any]:

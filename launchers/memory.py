@@ -29,6 +29,22 @@ LOGIT_BYTES = {"native": 10, "unfused": 6, "te": 2}
 
 
 @dataclass(frozen=True)
+class Tower:
+    """An encoder with its projector, whole on each GPU of the first pipeline stage. Sizes are of the encoder."""
+
+    name: str
+    parameters: int  # with the projector's
+    trained: int  # of them, those with gradients
+    projector: int  # parameters
+    layers: int  # that are computed
+    hidden_size: int
+    ffn_hidden_size: int
+    positions: int  # of one input
+    embeddings: int  # of the decoder's, that one input becomes
+    keeps: bool  # its layers' activations, for a backward pass
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be trained on what. `None` leaves the choice to the planner."""
 
@@ -55,6 +71,7 @@ class Request:
     double_quant: bool = True  # and the magnitudes of their blocks in 8
     fp8_params: bool = False  # the parameters themselves are FP8 (`fp8_param_gather`): no bf16 copy beside the FP8 ones
     cross_entropy: str = "native"  # "native", "te" or "unfused"
+    tower: Tower | None = None  # of a model with a sense
     interconnect: str = "nvlink"  # between the GPUs of a node: "nvlink" or "pcie"
 
 
@@ -247,6 +264,22 @@ def logits_memory(architecture: Architecture, request: Request, layout: Layout) 
     return max(per_logit * tokens * vocabulary, e * tokens * vocabulary + weight_gradient)
 
 
+def tower_memory(architecture: Architecture, request: Request, layout: Layout) -> tuple[float, float]:
+    """Bytes that the tower's forward passes leave for the backward, and of one layer at work, on a GPU of the first stage.
+
+    A micro batch is taken to be all images. A layer with fused attention keeps the inputs of its norms and linears, its queries,
+    keys, values and the activation's input; the projector its input, its middle and its output.
+    """
+    tower, e = request.tower, element_bytes(request.precision)
+    inputs = request.seq * layout.micro_batch / tower.embeddings
+    h, ffn = tower.hidden_size, tower.ffn_hidden_size
+    layer = e * (8 * h + 2 * ffn)
+    kept = layer * tower.layers if tower.keeps and layout.recompute != "full" else e * h * tower.layers if tower.keeps else 0.0
+    projected = e * (h * tower.positions / tower.embeddings + 3 * architecture.hidden_size) * tower.embeddings
+    in_flight = min(layout.num_microbatches, layout.pp)
+    return in_flight * inputs * (kept * tower.positions + projected), inputs * tower.positions * layer
+
+
 def estimate_stage(architecture: Architecture, request: Request, layout: Layout, stage: int) -> Memory:
     """Memory of one GPU of one pipeline stage (0 .. pp - 1)."""
     e = element_bytes(request.precision)
@@ -276,6 +309,14 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
         halves = 2 if architecture.gated_linear_unit else 1
         widest = max(halves * architecture.ffn_hidden_size, architecture.attention_width + 2 * architecture.kv_width)
         working += e * widest * architecture.hidden_size / layout.tp
+    if request.tower is not None and stage == 0:
+        tower = request.tower
+        weights += e * tower.parameters
+        gradients += request.grad_bytes * tower.trained
+        optimizer += state_bytes * tower.trained / shards
+        kept, at_work = tower_memory(architecture, request, layout)
+        saved += kept
+        working = max(working, at_work)
     logits = 0.0
     if stage == layout.pp - 1:
         shard = layout.tp if layout.sequence_parallel else 1

@@ -56,6 +56,9 @@ class Plan:
             ("batch", f"{batch} of {layout.micro_batch}; {self.tokens_per_step:,} tokens a step"),
             ("parameters", f"{self.parameters:,}"),
         ]
+        if (tower := request.tower) is not None:
+            sizes = f"{tower.parameters - tower.projector:,} parameters, projector {tower.projector:,}; {tower.trained:,} trained"
+            rows.append(("tower", f"{tower.name}: {sizes}; {tower.embeddings} embeddings an input"))
         lines = [f"{name:<11} {text}" for name, text in rows]
         for name in ("weights", "gradients", "optimizer", "activations", "logits", "other", "total"):
             size = getattr(memory, name)
@@ -102,7 +105,7 @@ def plan(architecture: Architecture, request: Request) -> Plan:
         layout=layout,
         memory=estimate(architecture, request, layout),
         fits=True,
-        parameters=architecture.num_parameters(),
+        parameters=architecture.num_parameters() + (request.tower.parameters if request.tower else 0),
         tokens_per_step=request.global_batch * request.seq,
         why=_reasons(architecture, request, layout),
         request=request,

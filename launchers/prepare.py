@@ -129,9 +129,9 @@ def describe(
     folder = run_dir / run_folder.MODEL
     if folder.is_dir():
         return
-    record = nemo_folder.find(weights(checkpoint)).record if checkpoint else {}
+    begun = nemo_folder.find(weights(checkpoint)) if checkpoint else None
     with new_folder(folder) as partial:
-        nemo_folder.write_description(partial, architecture, record)
+        nemo_folder.write_description(partial, architecture, *((begun.record, begun.senses) if begun else ({},)))
         nemo_folder.copy_tokenizer(tokenizer, partial / nemo_folder.TOKENIZER)
         if template is not None:
             (partial / nemo_folder.TOKENIZER / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -193,26 +193,47 @@ def corpus(keys: dict[str, Any], tokenizer: Path):
         )  # fmt: skip
 
 
-def conversations(keys: dict[str, Any], tokenizer: Path):
-    """The recipe's conversations rendered and tokenised (`nemo_ext.data.chat.store.ChatCorpus`); the first ones are shown."""
+def conversations(keys: dict[str, Any], tokenizer: Path, senses: list[dict[str, Any]] | None = None):
+    """The recipe's conversations rendered and tokenised (`nemo_ext.data.chat.store.ChatCorpus`); the first ones are shown.
+
+    `senses`, as `nemo_ext.data.multimodal.inputs` writes them down, read the media of a model that sees or hears.
+    """
     from nemo_ext.data import sources
     from nemo_ext.data.chat import preview, store
     from nemo_ext.data.chat.formats import check_columns
     from nemo_ext.data.chat.render import Settings
 
+    settings = Settings(keys["seq"], keys["template"], keys["train_on"], keys["overlong"], keys["reasoning"])
+    columns = _columns(keys["columns"])
+    options = dict(columns=columns, skip_bad=keys["skip_bad"], heldout=keys["heldout"], seed=keys["seed"],
+                   workers=keys["workers"] or _cores())  # fmt: skip
+    if senses:
+        return _conversations_with_media(keys, tokenizer, settings, senses, options)
     parsed = [
         _questions(source) if source.kind == "python-docs" else source for source in sources.parse(keys["data"], sources.RECORDS)
     ]
-    settings = Settings(keys["seq"], keys["template"], keys["train_on"], keys["overlong"], keys["reasoning"])
-    columns = _columns(keys["columns"])
     check_columns(columns)
     if keys["preview"]:
         preview.show(parsed, tokenizer, settings, columns, keys["preview"])
     with bar("tokenising", unit="B") as progress:
-        corpus = store.prepare(
-            parsed, tokenizer, cache_folder() / "chat", settings, columns=columns, skip_bad=keys["skip_bad"],
-            heldout=keys["heldout"], seed=keys["seed"], workers=keys["workers"] or _cores(), progress=progress,
-        )  # fmt: skip
+        corpus = store.prepare(parsed, tokenizer, cache_folder() / "chat", settings, **options, progress=progress)
+    print("\n".join(corpus.report()))
+    return corpus
+
+
+def _conversations_with_media(keys: dict[str, Any], tokenizer: Path, settings, senses: list[dict[str, Any]], options):
+    from nemo_ext.data import sources
+    from nemo_ext.data.multimodal import inputs, store
+
+    parsed = sources.parse(keys["data"], sources.MEDIA)
+    if any(source.kind == "python-docs" for source in parsed):
+        raise UserError("data= is missing: conversations with the media that they are about")
+    read, cache = [inputs.from_dict(each) for each in senses], cache_folder() / "media"
+    if keys["preview"]:
+        shown = dict(images=keys["images"], columns=options["columns"], count=keys["preview"])
+        store.show(parsed, tokenizer, cache, settings, read, **shown)
+    with bar("tokenising", unit="B") as progress:
+        corpus = store.prepare(parsed, tokenizer, cache, settings, read, images=keys["images"], **options, progress=progress)
     print("\n".join(corpus.report()))
     return corpus
 

@@ -24,7 +24,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import recipes
-from launchers import allocation, executors, folder, grammar, inputs, layout
+from launchers import allocation, executors, folder, grammar, inputs, layout, senses
+from launchers.memory import element_bytes
 from launchers.worker import JOB, LOCK_PATIENCE
 from nemo_ext.command_line import ending
 from nemo_ext.errors import RunError, UserError, explain
@@ -35,7 +36,7 @@ GIB = 2**30
 # A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
 FREE_TO_CHANGE = set(
     "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
-    "val_every tensorboard wandb out export preview answers "
+    "val_every tensorboard wandb out export preview answers scored "
     "restarts hang_timeout on_nan on_spike spike_factor spike_window straggler_factor".split()
 )
 
@@ -93,17 +94,16 @@ def start(command: grammar.Command) -> int:
     keys = recipes.resolve(command.recipe, command.keys, cuda=machine.cuda)
     keys["gpus"] = keys["gpus"] or max(1, len(machine.gpus))
     if command.plan:
-        _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
-        share = layout.trained(method, keys, architecture) / architecture.num_parameters()
-        print("\n".join(plan.plan(architecture, layout.request(keys, machine, share, method.nf4)).lines()))
+        checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
+        print("\n".join(plan.plan(architecture, senses.request(method, keys, machine, checkpoint, architecture)).lines()))
         return 0
     _check_machine(keys, machine, command.executor)
-    keys = inputs.absolute(keys, ("model", "tokenizer"))
+    keys = inputs.absolute(keys, inputs.PATHS)
     run_dir = Path(keys["out"])
-    with folder.owned(run_dir, LOCK_PATIENCE if allocation.stage(command) else 0):
+    with folder.owned(run_dir, LOCK_PATIENCE if allocation.phase(command) else 0):
         check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
         if (summary := folder.complete(run_dir)) is not None:
-            _export(run_dir, keys, method.adapter)
+            _export(run_dir, keys, recipes.adapter(method, keys))
             _done(f"{run_dir} is complete at step {summary['steps']}", summary)
             return allocation.complete(command)
         return _run(command, keys, machine, run_dir)
@@ -119,7 +119,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path)
         threads = max(1, machine.cpu_count // gpus)
         return local.run(run_dir, gpus, threads, max_steps=ready.keys["steps"], restarts=ready.keys["restarts"])
 
-    if allocation.stage(command) == allocation.FINISH and "preview" in keys:
+    if allocation.phase(command) == allocation.FINISH and "preview" in keys:
         keys = {**keys, "preview": 0}  # shown before training
     return allocation.carry_out(
         command, run_dir, ready=lambda: _ready(command, keys, machine, run_dir), hand_over=_hand_over, train=train, finish=_finish
@@ -139,6 +139,7 @@ class _Ready:
     trained: int
     tokenizer: Path
     text: Any
+    senses: list[dict[str, Any]] | None
 
 
 def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path) -> _Ready:
@@ -147,22 +148,27 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Pat
 
     method, family = recipes.split(command.recipe)
     checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
-    if method.adapter and keys["export"] == "hf" and checkpoint.kind == "nemo":
+    if recipes.adapter(method, keys) and keys["export"] == "hf" and checkpoint.kind == "nemo":
         raise UserError(f"export=hf merges the adapter into a Hugging Face model, and model={keys['model']} is none: export=lora")
-    trained = layout.trained(method, keys, architecture)
-    planned = plan.plan(architecture, layout.request(keys, machine, trained / architecture.num_parameters(), method.nf4))
+    request = senses.request(method, keys, machine, checkpoint, architecture)
+    trained = layout.trained(method, keys, architecture) + (request.tower.trained if request.tower else 0)
+    planned = plan.plan(architecture, request)
     keys = {**keys, **layout.keys_of(planned)}
     recipes.check_layout(command.recipe, keys)
     if command.overrides:
         _check_overrides(command, keys, architecture)
+    media = None
+    if method.modality:
+        checkpoint = senses.whole(checkpoint, keys, method.modality)
+        architecture, media = prepare.shape(checkpoint), senses.inputs(checkpoint, keys, method.modality)
     tokenizer = _tokenizer(keys, checkpoint, architecture)
     print(layout.brief(planned, trained))
-    text = prepare.conversations(keys, tokenizer) if method.conversations else prepare.corpus(keys, tokenizer)
+    text = prepare.conversations(keys, tokenizer, media) if method.conversations else prepare.corpus(keys, tokenizer)
     rows = keys["epochs"] * prepare.rows_per_epoch(text, keys)
     keys["steps"] = keys["steps"] or max(1, int(rows // keys["global_batch"]))
     keys = recipes.finish(keys)
     check_same_run(run_dir, command, keys)
-    return _Ready(command, keys, run_dir, checkpoint, architecture, planned, trained, tokenizer, text)
+    return _Ready(command, keys, run_dir, checkpoint, architecture, planned, trained, tokenizer, text, media)
 
 
 def _hand_over(ready: _Ready) -> bool:
@@ -176,17 +182,23 @@ def _hand_over(ready: _Ready) -> bool:
     started_at = found[0] if found else 0
     if started_at >= keys["steps"]:
         return False
-    folder.check_disk(run_dir, ready.trained * bytes_per_parameter(keys), keys)
-    weights = prepare.weights(ready.checkpoint) if ready.checkpoint and (method.adapter or not found) else None
-    adapter = keys if method.adapter else None
+    partial = recipes.saves_part(method, keys)
+    size = ready.trained * bytes_per_parameter(keys)
+    if not partial:  # a checkpoint holds what is frozen too
+        size += (ready.planned.parameters - ready.trained) * element_bytes(keys["precision"])
+    folder.check_disk(run_dir, size, keys)
+    weights = prepare.weights(ready.checkpoint) if ready.checkpoint and (partial or not found) else None
+    adapter = keys if partial else None
     template = getattr(ready.text, "template", None)
-    prepare.describe(run_dir, ready.architecture, ready.tokenizer, ready.checkpoint, template, adapter, method.adapter or "lora")
+    prepare.describe(
+        run_dir, ready.architecture, ready.tokenizer, ready.checkpoint, template, adapter, recipes.adapter(method, keys) or "lora"
+    )
     grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
     run_folder.write_json(run_dir / run_folder.PLAN, ready.planned.to_dict())
     job = {
         "recipe": command.recipe, "keys": keys, "overrides": command.overrides, "architecture": ready.architecture.to_dict(),
         "tokenizer": str(ready.tokenizer), "blend": ready.text.blend(), "weights": str(weights) if weights else None,
-        "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at,
+        "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at, "senses": ready.senses,
     }  # fmt: skip
     run_folder.write_json(run_dir / JOB, job)
     if found:
@@ -205,17 +217,20 @@ def _finish(ready: _Ready) -> None:
         summary = report.write(run_dir, _facts(ready))
     except OSError as error:
         raise RunError(f"the run is complete, its summary is not: {explain(error, run_dir)}") from error
-    _export(run_dir, keys, method.adapter)
+    _export(run_dir, keys, recipes.adapter(method, keys))
     if method.conversations and keys["answers"] and (run_dir / run_folder.EXPORT).is_dir():
         from launchers import answers
 
         before = prepare.as_hf(ready.checkpoint) if ready.checkpoint.kind != "nemo" else None
-        rows = answers.side_by_side(ready.text, before, run_dir / run_folder.EXPORT, keys["answers"])
-        summary = report.write(run_dir, {**_facts(ready), "answers": rows})
+        if ready.senses:
+            found = answers.with_media(ready.text, ready.senses, before, run_dir, keys["answers"], keys["scored"])
+        else:
+            found = {"answers": answers.side_by_side(ready.text, before, run_dir / run_folder.EXPORT, keys["answers"])}
+        summary = report.write(run_dir, {**_facts(ready), **found})
     _done("", summary)
 
 
-def _export(run_dir: Path, keys: dict[str, Any], adapter: bool) -> None:
+def _export(run_dir: Path, keys: dict[str, Any], adapter: str | None) -> None:
     """Convert the last checkpoint where `export=` asks for it, and compare what both models compute.
 
     An adapter becomes PEFT's and, for a Hugging Face folder, is merged into its base.

@@ -29,10 +29,12 @@ LIBC = ctypes.CDLL(None)
 
 
 def main(run_dir: Path) -> int:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # until StopOnSignal takes it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # until the trainer takes it
     die_with_parent()
     os.register_at_fork(after_in_child=die_with_parent)  # the processes that write checkpoints
-    os.environ.update(from_slurm(os.environ))
+    if slurm := from_slurm(os.environ):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])  # likewise; torchrun ends workers by SIGTERM
+        os.environ.update(slurm)
     rank = int(os.environ.get("RANK", "0"))
     _log_to(run_dir / "logs" / f"rank{rank}.log")
     from nemo_ext import run_folder
@@ -108,7 +110,8 @@ def train(job: dict, run_dir: Path) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if torch.cuda.is_available() and job["keys"]["gpu_memory"]:
         _hold_to(job["keys"]["gpu_memory"] * GIB)
-    recipe = recipes.load(job["recipe"], shape=Architecture(**job["architecture"]), overrides=job["overrides"], **job["keys"])
+    shape = Architecture(**job["architecture"])
+    recipe = recipes.load(job["recipe"], shape=shape, overrides=job["overrides"], senses=job.get("senses"), **job["keys"])
     recipes.bind(recipe, run_dir=str(run_dir), tokenizer=job["tokenizer"], blend=job["blend"], weights=job["weights"],
                  checkpoint=job["checkpoint"])  # fmt: skip
     with _left_on_device():
@@ -191,5 +194,6 @@ if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1])))
 elif __name__ == "__mp_main__":  # a process that multiprocessing starts anew, such as the queue of the checkpoint writers
     die_with_parent()
-    for each in (signal.SIGTERM, signal.SIGUSR1):  # SLURM's go to every process of a step: this one serves the last checkpoint
+    # SLURM's signals go to every process of a step: this one serves the last checkpoint.
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)

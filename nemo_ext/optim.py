@@ -44,8 +44,11 @@ def depth_of(name: str, layer_offset: int, num_layers: int, tied: bool) -> int:
     """Depth of a parameter: 0 for the embedding, 1 + its global layer number, num_layers + 1 for what follows the layers.
 
     `name` is the parameter's in a pipeline stage's model chunk, whose first layer is number `layer_offset`. The last stage's
-    copy of a tied embedding is called output_layer and must learn at the first stage's rate.
+    copy of a tied embedding is called output_layer and must learn at the first stage's rate. Encoders of images and sounds are
+    as deep as the embedding; their projectors, which are fresh, learn at the full rate.
     """
+    if "senses." in name:
+        return num_layers + 1 if ".projector." in name else 0
     if (match := LAYER.search(name)) is not None:
         return 1 + layer_offset + int(match[1])
     return 0 if "embedding" in name or (tied and "output_layer" in name) else num_layers + 1

@@ -214,6 +214,9 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows += _reward_headlines(summary)
     elif summary["train_loss_last"] is not None:
         rows.append(("training", f"loss {summary['train_loss_first']:.4f} -> {summary['train_loss_last']:.4f}"))
+    if (exact := summary.get("exact")) is not None:
+        sides = " -> ".join(_share(exact[name]) for name in ("before", "after") if name in exact)
+        rows.append(("exact", f"{sides} of {exact['count']:,} held-out answers word for word, intervals of 95%"))
     took = "" if summary["wall_time"] is None else f" in {duration(summary['wall_time'])}"
     resumed = f", resumed from step {summary['resumed_from_step']}" if summary["resumed_from_step"] else ""
     rows.append(("steps", f"{summary['steps']:,} ({summary['tokens']:,} tokens){took}{resumed}"))
@@ -273,6 +276,11 @@ def _reward_headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _share(value: Sequence[float]) -> str:
+    share, low, high = value
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
 def _with_interval(value: Sequence[float]) -> str:
     """A mean and its interval: "0.53 (0.48 to 0.58)"."""
     return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
@@ -293,6 +301,8 @@ def _markdown(run_dir: Path, summary: dict[str, Any], ranks: Sequence[str]) -> s
     lines += ranks
     for row in summary.get("answers") or []:
         lines += ["", "## Answers before and after", ""] if row is summary["answers"][0] else [""]
+        if row.get("image"):
+            lines += [f"![]({row['image']})", ""]
         lines += [f"**{_quoted(row['question'])}**", ""]
         lines += [f"- {name}: {_quoted(row[name])}" for name in ("before", "after", "reference") if row[name] is not None]
     paths = summary["paths"]

@@ -16,6 +16,8 @@ from nemo_ext import adapters
 from nemo_ext.architecture import Architecture
 from nemo_ext.command_line import check_choice
 from nemo_ext.errors import UserError
+from nemo_ext.multimodal import freezing, towers
+from nemo_ext.multimodal.description import AUDIO, VISION, Sense
 from recipes import grpo, models
 from recipes.grpo import GrpoKeys
 from recipes.keys import TrainKeys, fields
@@ -33,6 +35,7 @@ class Method:
     conversations: bool = False  # what it learns, rather than documents
     adapter: str | None = None  # the kind of adapter that it trains, rather than all weights: nemo_ext.adapters.KINDS
     nf4: bool = False  # whether the frozen linears are in 4 bits
+    modality: str | None = None  # the sense that it gives the model: "vision" or "audio"
     schema: type = TrainKeys
 
 
@@ -41,7 +44,10 @@ PUBLISHED = tuple(family for family in FAMILIES if family != "custom")  # what t
 
 def _tuning(description: str, lr: float, **more: Any) -> Method:
     """A method that learns conversations from published weights."""
-    return Method(description, PUBLISHED, {"lr": lr, "weight_decay": 0.0}, needs_weights=True, conversations=True, **more)
+    defaults = {"lr": lr, "weight_decay": 0.0}
+    if "modality" in more:
+        defaults["skip_bad"] = True  # of many media some are always broken
+    return Method(description, PUBLISHED, defaults, needs_weights=True, conversations=True, **more)
 
 
 METHODS = {
@@ -53,6 +59,8 @@ METHODS = {
     "moe_dora": _tuning("train DoRA experts and routers of the last layers (MoE-DoRA)", 2e-4, adapter="moe_dora"),
     "adalora": _tuning("train an adapter that finds its ranks on conversations (AdaLoRA)", 1e-3, adapter="adalora"),
     "fourierft": _tuning("train an adapter's spectrum on conversations (FourierFT)", 3e-3, adapter="fourierft"),
+    "neva": _tuning("give a model eyes, from images with conversations (LLaVA, NeVA)", 1e-3, modality=VISION),
+    "alm": _tuning("give a model ears, from sounds with conversations", 1e-3, modality=AUDIO),
     "grpo": Method("learn to reason from rewards of sampled answers (GRPO)", PUBLISHED, needs_weights=True, schema=GrpoKeys),
     "pretrain": Method("pre-train from random weights", tuple(FAMILIES), {"lr": 3e-4}),
 }
@@ -112,7 +120,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     smoke = on_cpu and keys["size"] == "smoke"
     longest = models.size(family, keys["size"]).architecture.max_position_embeddings
     defaults = {
-        "data": "python-docs",
+        "data": "glyphs" if method.modality == VISION else "python-docs",
         "seq": min(256 if on_cpu else 4096, longest),
         "global_batch": 8 if on_cpu else 128,
         "precision": "fp32" if on_cpu else "bf16",
@@ -135,20 +143,27 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     if any(keys[k] is not None for k in SHAPE_KEYS) and family != "custom":
         bad = next(k for k in SHAPE_KEYS if keys[k] is not None)
         raise UserError(f"{bad}= is for recipe=pretrain_custom: the shape of {name} is its checkpoint's")
+    if method.modality:
+        _choices(keys)
+        _senses(method.modality, keys, given)
     for check in (_positive, _choices, _shares):
         check(keys)
     if method.nf4 and keys["precision"] == "fp8":
         raise UserError(f"precision=fp8: {name}'s weights are rounded to 4 bits, FP8 would round them again: precision=bf16")
-    if method.adapter:
+    if kind := adapter(method, keys):
         shape = models.size(family, keys["size"]).architecture
         adapters.ranks(shape.family, keys)
         adapters.alphas(shape.family, keys)
         if not keys["model"]:  # else the checkpoint's shape says more than the size's
-            adapters.trained(shape, method.adapter, keys)
-        if method.adapter == "moe_dora":
+            adapters.trained(shape, kind, keys)
+        if kind == "moe_dora":
             _experts(name, keys)
     elif keys["export"] == "lora":
         raise UserError(f"export=lora is for recipe=lora_{family}: {name} trains all weights")
+    if method.modality and keys["export"] == "lora":
+        raise UserError(f"export=lora: {name} trains a projector too, which no adapter holds: export=hf")
+    if method.modality and keys["export"] and saves_part(method, keys):
+        raise UserError(f"export={keys['export']}: adapters of a model that sees or hears are not merged: leave export= out")
     return keys
 
 
@@ -168,7 +183,7 @@ def finish(keys: dict[str, Any]) -> dict[str, Any]:
 def check_layout(name: str, keys: dict[str, Any]) -> None:
     """Refuse what the planned layout does not allow. Raises UserError."""
     method, family = split(name)
-    if method.adapter != "lora":
+    if adapter(method, keys) != "lora":
         return
     for linear, rank in adapters.ranks(models.size(family, keys["size"]).architecture.family, keys).items():
         if rank % keys["tp"]:
@@ -194,12 +209,14 @@ def architecture(name: str, keys: dict[str, Any]) -> Architecture:
     return changed
 
 
-def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, Any] | None = None, **given: Any):
+def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, Any] | None = None,
+         senses: list[dict[str, Any]] | None = None, **given: Any):  # fmt: skip
     """The recipe as a NeMo-Run object (`run.Partial` of `llm.pretrain`, or of grpo's engine).
 
     Keys that are planned or measured before a run take their simplest value here when not given: one device per model
     replica, 1,000 steps. `shape` replaces the size's architecture (a checkpoint of another shape); `overrides` sets fields by
-    path (`{"trainer.strategy.ckpt_parallel_save": False}`). Reads and writes no file. Raises UserError.
+    path (`{"trainer.strategy.ckpt_parallel_save": False}`). `senses` are those of a model that sees or hears and how their inputs
+    are made (`nemo_ext.data.multimodal.inputs`' dictionaries). Reads and writes no file. Raises UserError.
     """
     from nemo_ext import platform
 
@@ -216,7 +233,11 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
     from recipes import training
     from recipes.overrides import apply
 
-    recipe = training.build(keys, shape or architecture(name, keys), method.conversations, method.adapter, method.nf4)
+    if method.modality:
+        senses = senses or _default_senses(method.modality, keys)
+    recipe = training.build(
+        keys, shape or architecture(name, keys), method.conversations, adapter(method, keys), method.nf4, senses
+    )
     apply(recipe, overrides or {})
     return recipe
 
@@ -237,10 +258,11 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
 def _positive(keys: dict[str, Any]) -> None:
     for name in ("layers hidden ffn heads kv_heads vocab seq workers steps micro_batch global_batch seed lr nodes gpus tp pp vp "
                  "cp ep gpu_memory every val_every eps layer_decay epochs rank alpha lora_plus "
-                 "experts top_k top_layers init_rank target_rank delta_t n_frequency scaling spike_window").split():  # fmt: skip
+                 "experts top_k top_layers downsample init_rank target_rank delta_t n_frequency scaling "
+                 "spike_window").split():  # fmt: skip
         if keys[name] is not None and keys[name] <= 0:
             raise UserError(f"{name}={keys[name]} must be above 0")
-    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview", "answers", "balance",
+    for name in ("warmup", "min_lr", "weight_decay", "clip", "keep", "val_batches", "preview", "answers", "scored", "balance",
                  "rank_warmup", "rank_final", "orthogonality", "frequency_seed", "restarts", "hang_timeout",
                  "straggler_factor"):  # fmt: skip
         if keys[name] is not None and keys[name] < 0:
@@ -253,6 +275,61 @@ def _positive(keys: dict[str, Any]) -> None:
         raise UserError(f"min_lr={keys['min_lr']} is above lr={keys['lr']}")
     if keys["steps"] and keys["warmup"] is not None and keys["warmup"] >= keys["steps"]:
         raise UserError(f"warmup={keys['warmup']} leaves no step of steps={keys['steps']}")
+
+
+def _senses(modality: str, keys: dict[str, Any], given: dict[str, Any]) -> None:
+    """Fill what the stage and the modality decide. Rates are LLaVA's (arXiv:2310.03744), an adapter's LoRA's."""
+    language, tower = freezing.STAGES[keys["stage"]]
+    keys["train_language"] = keys["train_language"] or language
+    keys["train_tower"] = keys["train_tower"] or tower
+    if keys["scored"] is None:
+        keys["scored"] = 200 if str(keys["data"]).startswith("glyphs") else 0
+    if keys["downsample"] is None:
+        keys["downsample"] = 4 if modality == AUDIO else 1
+    trained = trained_parts(keys)
+    if given.get("lr") is None:
+        keys["lr"] = 2e-4 if trained.adapter else 2e-5 if freezing.FULL in (trained.language, trained.tower) else 1e-3
+    if keys["cp"] not in (None, 1):
+        raise UserError(f"cp={keys['cp']}: embeddings of media are not split over devices: cp=1")
+    keys["cp"] = 1
+    if modality == AUDIO and keys["tiling"]:
+        raise UserError("tiling= is of images")
+    if keys["tower"] and keys["tower"].startswith("random:"):
+        described = described_sense(keys)
+        if described.modality != modality:
+            raise UserError(f"tower={keys['tower']} is of {described.modality}")
+
+
+def adapter(method: Method, keys: dict[str, Any]) -> str | None:
+    """The kind of adapter of the language model that a recipe trains."""
+    return "lora" if method.modality and keys["train_language"] == freezing.LORA else method.adapter
+
+
+def saves_part(method: Method, keys: dict[str, Any]) -> bool:
+    """Whether a recipe's checkpoints hold what it trains alone, so that the model it began with is read at every start."""
+    return bool(method.adapter) or (method.modality is not None and trained_parts(keys).adapter)
+
+
+def trained_parts(keys: dict[str, Any]) -> freezing.Trained:
+    """How a recipe with a sense trains the parts of its model. Raises UserError."""
+    return freezing.Trained(keys["train_language"], keys["train_tower"])
+
+
+def _default_senses(modality: str, keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `load` shows where it is not told of a tower: a published shape, its inputs as its publisher makes them."""
+    if keys["tower"] is None or not keys["tower"].startswith("random:"):
+        keys = {**keys, "tower": f"random:{towers.DEFAULT[modality]}"}
+    return [{"sense": described_sense(keys).to_dict(), "settings": None}]
+
+
+def described_sense(keys: dict[str, Any], config: dict[str, Any] | None = None) -> Sense:
+    """The sense that a recipe's keys describe, of an encoder of this configuration, or of the published shape that `tower` names.
+
+    Raises UserError where they do not fit.
+    """
+    config = config or towers.shape(keys["tower"].removeprefix("random:"))
+    names = ("feature_layer", "class_token", "projector", "downsample")
+    return towers.sense(config, **{name: keys[name] for name in names})
 
 
 def _experts(name: str, keys: dict[str, Any]) -> None:

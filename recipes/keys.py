@@ -18,7 +18,8 @@ ADALORA, FOURIERFT = ("adalora",), ("fourierft",)
 ADAPTER = (*LOW_RANK, *ADALORA, *FOURIERFT)  # methods that train an adapter of frozen weights
 EXPERTS = ("moe_dora",)
 QLORA = ("qlora",)
-CHAT = ("sft", *ADAPTER)  # methods that learn conversations
+NEVA = ("neva", "alm")  # methods that give a model eyes or ears
+CHAT = ("sft", *ADAPTER, *NEVA)  # methods that learn conversations
 
 
 @dataclass
@@ -45,10 +46,37 @@ class TrainKeys:
         auto="the size's",
     )  # fmt: skip
 
+    tower: str | None = key(
+        None, "encoder of images (SigLIP, CLIP) or sounds (Whisper): hf:FOLDER, hf:NAME in the local cache, random:SHAPE",
+        auto="of model=hf:, where it has one", only=NEVA, group="senses",
+    )  # fmt: skip
+    projector: str = key("mlp2x_gelu", "from the encoder's features to embeddings", choices=("mlp2x_gelu", "linear"), only=NEVA)
+    downsample: int | None = key(
+        None, "neighbouring features, along every dimension, that become one embedding (pixel shuffle, stacked frames)",
+        auto="1; 4 frames of sounds", only=NEVA,
+    )  # fmt: skip
+    feature_layer: int | None = key(
+        None, "hidden state that the projector sees: -1 is the last layer's", auto="-2; Whisper's normed last", only=NEVA
+    )
+    class_token: bool = key(False, "keep CLIP's class token among the features", only=NEVA)
+    tiling: Any = key(
+        None, "images at their own aspect: grids of tiles, 384x768,768x384,...", auto="one square an image", only=NEVA
+    )
+    image_token: str | None = key(None, "placeholder token", auto="<image>, <audio>; added where missing", only=NEVA)
+    stage: str = key(
+        "align", "what is trained: align the projector, instruct also the model", choices=("align", "instruct"), only=NEVA
+    )
+    train_language: str | None = key(
+        None, "weights of the language model", choices=("frozen", "full", "lora"), auto="frozen to align, else full", only=NEVA
+    )
+    train_tower: str | None = key(None, "weights of the tower", choices=("frozen", "full", "lora"), auto="frozen", only=NEVA)
+
     data: Any = key(
         None, "text, Markdown, JSONL, Parquet (conversations: JSON, JSONL, CSV, Parquet), a folder or glob of them, a Hugging "
-        "Face dataset, or [a:0.7,b:0.3]", auto="python-docs: the standard library's documentation on this machine", group="data",
+        "Face dataset, or [a:0.7,b:0.3]", auto="python-docs: the standard library's documentation on this machine; glyphs to see",
+        group="data",
     )  # fmt: skip
+    images: str | None = key(None, "folder of the media that the data names", auto="the data's own", only=NEVA)
     text_key: str = key("text", "column or field that holds the text", only=TEXT)
     columns: str | None = key(
         None, "fields of unusual records: prompt:question,completion:answer", auto="the formats' own", only=CHAT
@@ -65,6 +93,10 @@ class TrainKeys:
     )  # fmt: skip
     pack: bool = key(True, "several conversations in a row, without seeing each other", path="data.pack", only=CHAT)
     answers: int = key(3, "held-out questions answered before and after, for summary.md, where export=hf is given", only=CHAT)
+    scored: int | None = key(
+        None, "held-out answers compared with their references word for word, where export=hf is given", auto="200 of glyphs",
+        only=NEVA,
+    )  # fmt: skip
     preview: int = key(1, "conversations shown with what is learnt in colour", only=CHAT)
     heldout: float = key(0.02, "share of the documents kept out of training for evaluation")
     seq: int | None = key(None, "sequence length", unit="tokens", path="data.seq_length", auto="4096 on a GPU, 256 on a CPU")
@@ -104,14 +136,16 @@ class TrainKeys:
     layer_decay: float = key(1.0, "learning rate of a layer relative to the next one up (layer-wise decay), 1 for none",
                              path="optim.layer_decay")  # fmt: skip
 
-    rank: int = key(16, "rank of the adapter", only=LOW_RANK, group="adapter")
-    alpha: float = key(32.0, "the adapter's B A is scaled by alpha / rank", only=(*LOW_RANK, *ADALORA))
+    rank: int = key(16, "rank of the adapter", only=(*LOW_RANK, *NEVA), group="adapter")
+    alpha: float = key(32.0, "the adapter's B A is scaled by alpha / rank", only=(*LOW_RANK, *ADALORA, *NEVA))
     ranks: Any = key(None, "ranks of single linears: q_proj:8,mlp:32", auto="rank", only=LOW_RANK)
     alphas: Any = key(None, "alphas of single linears: q_proj:16,mlp:64", auto="alpha", only=LOW_RANK)
     targets: Any = key(
-        "all-linear", "linears with an adapter: all-linear, attention, mlp, or names such as q_proj,v_proj", only=ADAPTER
+        "all-linear",
+        "linears with an adapter: all-linear, attention, mlp, or names such as q_proj,v_proj",
+        only=(*ADAPTER, *NEVA),
     )
-    dropout: float = key(0.0, "dropout of the adapter's input", only=(*LOW_RANK, *ADALORA))
+    dropout: float = key(0.0, "dropout of the adapter's input", only=(*LOW_RANK, *ADALORA, *NEVA))
     rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)", only=LOW_RANK)
     lora_plus: float = key(1.0, "learning rate of B relative to A's (LoRA+ proposes 16)", path="optim.lora_plus", only=LOW_RANK)
     double_quant: bool = key(True, "round the magnitudes of NF4's blocks to 8 bits", only=QLORA)

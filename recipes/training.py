@@ -31,8 +31,13 @@ from nemo_ext.callbacks.stragglers import Stragglers
 from nemo_ext.callbacks.watchdog import Watchdog
 from nemo_ext.data.chat.module import ChatDataModule
 from nemo_ext.data.module import CorpusDataModule
+from nemo_ext.data.multimodal import inputs
+from nemo_ext.data.multimodal.module import MultimodalDataModule
 from nemo_ext.errors import UserError
 from nemo_ext.modeling import model_config
+from nemo_ext.multimodal.description import Sense
+from nemo_ext.multimodal.freezing import FULL, LORA, Trained, num_trained
+from nemo_ext.multimodal.training import with_senses
 from nemo_ext.optim import MegatronAdam, WarmupSchedule
 from nemo_ext.run_folder import CHECKPOINTS
 from recipes.keys import bytes_per_parameter
@@ -42,32 +47,50 @@ PRECISIONS = {"bf16": "bf16-mixed", "fp8": "bf16-mixed", "fp16": "16-mixed", "fp
 
 
 def build(
-    keys: dict[str, Any], architecture: Architecture, conversations: bool = False, adapter: str | None = None, nf4: bool = False
+    keys: dict[str, Any],
+    architecture: Architecture,
+    conversations: bool = False,
+    adapter: str | None = None,
+    nf4: bool = False,
+    senses: list[dict[str, Any]] | None = None,
 ) -> run.Partial:
     """`run.Partial(llm.pretrain, ...)` from resolved keys. Paths of this machine are bound later (`recipes.bind`).
 
-    `adapter` is the kind that is trained rather than all weights; `nf4` keeps the frozen linears in 4 bits.
+    `adapter` is the kind that is trained rather than all weights; `nf4` keeps the frozen linears in 4 bits; `senses`, as
+    `recipes.load` takes them, are those of a model that learns from images or sounds.
     """
     model = dict(**_recompute(keys, architecture), **_pipeline(keys), cross_entropy_fusion_impl="te")
     if conversations:
         model["calculate_per_token_loss"] = True  # the mean over a global batch's learnt tokens, however rows are filled
         if architecture.num_moe_experts is not None:
             model["moe_aux_loss_coeff"] = 0.0  # Megatron weighs it by all tokens then, not by the learnt ones
+    described = [Sense.from_dict(each["sense"]) for each in senses or ()]
+    config = model_config(architecture, keys["seq"], **model)
+    if described:
+        config = with_senses(config, described, _parts(keys), recompute=keys["recompute"] == "full")
     return run.Partial(
         llm.pretrain,
-        model=model_config(architecture, keys["seq"], **model),
-        data=_data(keys, conversations),
-        trainer=_trainer(keys, architecture, adapter, nf4),
+        model=config,
+        data=_data(keys, conversations, senses),
+        trainer=_trainer(keys, architecture, adapter, nf4, described),
         log=run.Config(nl.NeMoLogger, use_datetime_version=False, ckpt=None, tensorboard=None, wandb=None),
         optim=_optimizer(keys),
         resume=run.Config(nl.AutoResume),
     )
 
 
-def _data(keys: dict[str, Any], conversations: bool) -> run.Config:
-    packing = dict(pack=keys["pack"]) if conversations else {}
+def _parts(keys: dict[str, Any]) -> Trained:
+    return Trained(keys["train_language"], keys["train_tower"])
+
+
+def _data(keys: dict[str, Any], conversations: bool, senses: list[dict[str, Any]] | None) -> run.Config:
+    module = ChatDataModule if conversations else CorpusDataModule
+    more = dict(pack=keys["pack"]) if conversations else {}
+    if senses:
+        module = MultimodalDataModule
+        more |= dict(senses=[run.Config(inputs.from_dict, each) for each in senses], skip_bad=keys["skip_bad"])
     return run.Config(
-        ChatDataModule if conversations else CorpusDataModule,
+        module,
         blend=[],
         seq_length=keys["seq"],
         micro_batch_size=keys["micro_batch"],
@@ -75,11 +98,11 @@ def _data(keys: dict[str, Any], conversations: bool) -> run.Config:
         seed=keys["seed"],
         num_workers=2 if keys["device"] == "gpu" else 0,
         val_batches=keys["val_batches"],
-        **packing,
+        **more,
     )
 
 
-def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | None, nf4: bool) -> run.Config:
+def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | None, nf4: bool, senses: list[Sense]) -> run.Config:
     distributed = keys["distributed_optimizer"]
     ddp = run.Config(
         DistributedDataParallelConfig,
@@ -91,13 +114,25 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         check_for_nan_in_grad=keys["on_nan"] == "stop" and keys["precision"] != "fp16",
     )
     trained, what = None, {}
+    saved, frozen = architecture.num_parameters(), 0
     if adapter:
-        trained = adapters.trained(architecture, adapter, keys)
+        saved = trained = adapters.trained(architecture, adapter, keys)
         what = dict(adapter=adapters.transform_settings(architecture, keys, adapter), seed=keys["seed"])
     if nf4:
         what["nf4"] = _nf4(keys, architecture)
+    if senses:
+        parts = _parts(keys)
+        counts = num_trained(parts, architecture, senses, keys)
+        trained = None if parts.language == FULL else counts["language"]
+        saved = sum(counts.values())
+        if parts.adapter:
+            what = {"adapter": None, "seed": keys["seed"], **what, "tower": _tower_adapter(keys, parts)}
+        else:  # checkpoints hold all weights, trained or not
+            frozen = (
+                architecture.num_parameters() + sum(sense.num_parameters(architecture.hidden_size) for sense in senses) - saved
+            )
     strategy = run.Config(
-        AdapterStrategy if adapter else nl.MegatronStrategy,
+        AdapterStrategy if what else nl.MegatronStrategy,
         tensor_model_parallel_size=keys["tp"],
         pipeline_model_parallel_size=keys["pp"],
         virtual_pipeline_model_parallel_size=keys["vp"] if keys["vp"] and keys["vp"] > 1 else None,
@@ -138,7 +173,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
             every=keys["every"],
             keep=keys["keep"],
             async_save=keys["async_save"],
-            size=(trained or architecture.num_parameters()) * bytes_per_parameter(keys),
+            size=saved * bytes_per_parameter(keys) + frozen * DTYPES[keys["precision"]].itemsize,
         ),
     ]
     return run.Config(
@@ -158,6 +193,13 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         check_val_every_n_epoch=1_000_000_000,  # the Evaluation callback decides
         use_distributed_sampler=False,
     )
+
+
+def _tower_adapter(keys: dict[str, Any], parts: Trained) -> dict[str, Any] | None:
+    """The arguments of `nemo_ext.multimodal.adapter.put`."""
+    if parts.tower != LORA:
+        return None
+    return dict(rank=keys["rank"], scale=keys["alpha"] / keys["rank"], dropout=keys["dropout"])
 
 
 def _guards(keys: dict[str, Any]) -> list[run.Config]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,20 +31,23 @@ class AdapterStrategy(MegatronStrategy):
 
     `adapter` are the arguments of `transforms.transform`; `seed` draws A, the same at every layout, B is zero. Without `base`
     (None) the base is random. A checkpoint has the adapter's weights and optimizer states; `base` is read at every start.
-    `nf4` keeps the linears of the base's layers in 4 bits: the arguments of `nf4.quantizing`.
+    `nf4` keeps the linears of the base's layers in 4 bits: the arguments of `nf4.quantizing`. What a model's senses train is
+    trained and saved too; `tower`, the arguments of `multimodal.adapter.put`, is an adapter of their encoders. `adapter` None
+    leaves the language model as it is.
     """
 
     def __init__(
         self,
         *arguments: Any,
-        adapter: dict[str, Any],
+        adapter: dict[str, Any] | None,
         seed: int,
         base: str | None = None,
         nf4: dict[str, Any] | None = None,
+        tower: dict[str, Any] | None = None,
         **options: Any,
     ):
         super().__init__(*arguments, **options)
-        self.adapter, self.seed, self.base, self.nf4 = adapter, seed, base, nf4
+        self.adapter, self.seed, self.base, self.nf4, self.tower = adapter, seed, base, nf4, tower
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -81,9 +84,13 @@ class AdapterStrategy(MegatronStrategy):
 
                 nf4.load(model, self.base, metadata)
         for chunk in model:
-            put_adapter(chunk.module, self.adapter, self.seed)
+            if self.adapter is not None:
+                put_adapter(chunk.module, self.adapter, self.seed)
+            if self.tower is not None:
+                put_tower_adapter(chunk.module, self.tower, self.seed)
+        of_senses = {f"module.{name}" for chunk in model for name in _trained_of_senses(chunk.module)}
         whole = model.sharded_state_dict
-        model.sharded_state_dict = lambda *arguments, **options: only_adapters(whole(*arguments, **options))
+        model.sharded_state_dict = lambda *arguments, **options: only_adapters(whole(*arguments, **options), of_senses)
         super().init_model_parallel()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -96,7 +103,7 @@ def _signature() -> inspect.Signature:
     own = inspect.signature(AdapterStrategy.__init__).parameters
     known = dict(inspect.signature(MegatronStrategy).parameters)
     options = known.pop("kwargs")
-    added = [own[name] for name in ("adapter", "seed", "base", "nf4")]
+    added = [own[name] for name in ("adapter", "seed", "base", "nf4", "tower")]
     return inspect.Signature([*known.values(), *added, options])
 
 
@@ -104,8 +111,11 @@ AdapterStrategy.__signature__ = _signature()
 
 
 def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> None:
-    """Put a new adapter into a Megatron GPTModel, in place, and freeze everything else."""
+    """Put a new adapter into a Megatron GPTModel, in place, and freeze everything else but what its senses train."""
+    of_senses = _trained_of_senses(model)
     transforms.apply(transforms.transform(settings), model)
+    for parameter in of_senses.values():
+        parameter.requires_grad_(True)
     for layer in model.decoder.layers:
         for name, parameter in layer.named_parameters():
             if name.endswith(("linear_in.weight", "router.weight")) and ".adapter." in name:
@@ -115,6 +125,20 @@ def put_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Non
                 module.draw(f"{seed} {layer.layer_number} {name}")
     if model.pre_process and model.config.recompute_granularity is not None:
         model.embedding.register_forward_hook(_with_gradient)
+
+
+def put_tower_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> None:
+    """Put an adapter into the encoders of a GPTModel's senses, in place."""
+    from nemo_ext.multimodal import adapter, encoder
+
+    for sense in getattr(model, "senses", {}).values():
+        adapter.put(encoder.computed_layers(sense.encoder, sense.sense.encoder), **settings, seed=seed)
+        sense.train(sense.training)  # the encoder has something to train now
+
+
+def _trained_of_senses(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a model's senses train, by the model's names."""
+    return {n: p for n, p in model.named_parameters() if n.startswith("senses.") and p.requires_grad}
 
 
 def draw(parameter: nn.Parameter, words: str) -> None:
@@ -127,12 +151,12 @@ def draw(parameter: nn.Parameter, words: str) -> None:
         parameter.copy_(whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank() % ranks])
 
 
-def only_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's part of a model's sharded state; with virtual pipeline stages, of each of them."""
+def only_adapters(state: Mapping[str, Any], others: Collection[str] = ()) -> dict[str, Any]:
+    """The adapter's part of a model's sharded state, and `others`; with virtual pipeline stages, of each of them."""
     return {
-        name: only_adapters(value) if isinstance(value, dict) and name.startswith("model_") else value
+        name: only_adapters(value, others) if isinstance(value, dict) and name.startswith("model_") else value
         for name, value in state.items()
-        if ".adapter." in name or name.startswith("model_")
+        if ".adapter." in name or name in others or name.startswith("model_")
     }
 
 

@@ -81,6 +81,7 @@ class Gemma2TextConfig(llm.LlamaConfig):
     """Gemma 2 at any size."""
 
     architecture_fields = ("attn_logit_softcapping", "final_logit_softcapping")
+    scales_inputs = True  # Hugging Face's model scales whatever embeddings it is given
 
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
