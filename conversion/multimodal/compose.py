@@ -6,6 +6,7 @@ such folders load it before and after training; else one of our own (`configurat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -92,7 +93,9 @@ def compose(
     heard = modality == AUDIO
     projector = projector or (_voxtral_projector(found.config) if heard else Projector())
     tokenizer, token_id = _tokenizer(text, token or MARKS[modality], architecture.vocab_size)
-    vocab_size = max(architecture.vocab_size, token_id + 1)
+    vocab_size = architecture.vocab_size
+    if token_id >= vocab_size:  # Megatron pads with rows of zeros, which take part in its softmax: none is left to pad
+        vocab_size = dataclasses.replace(architecture, vocab_size=token_id + 1).padded_vocab_size
     sense = Sense(Encoder(found.config, None if heard else feature_layer, class_token), projector, token_id, tiling)
     width = architecture.hidden_size
 
