@@ -193,7 +193,8 @@ def test_a_run_goes_on_whatever_ends_its_job(desk, alone):
     first, last = re.search(r"as jobs (\d+) to (\d+)", desk.jobs("resume", "on", "chain=2", "restarts=1")).groups()
     desk.until_it_trains(out, first, beyond=cancelled)
     kept = newest(out)
-    worker = max(process for process, line in cluster.processes().items() if line.endswith(f"-m launchers.worker {out}"))
+    lines = cluster.processes().items()  # srun's end the same, and a worker's own processes are the same
+    worker = min(process for process, line in lines if re.fullmatch(rf"\S*python\S* -m launchers.worker {out}", line))
     cluster.check("kill", "-9", str(worker))
     desk.until_it_trains(out, first, beyond=kept)
     cluster.check("scancel", first)  # SLURM ends it, and gives it KillWait for that; what comes next in the chain goes on
