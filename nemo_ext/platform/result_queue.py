@@ -1,14 +1,19 @@
 """What Megatron's checkpoint writers report, passed on as bytes.
 
 Megatron keeps the reports in a queue that a process of its own serves. That process starts without torch, and imports it, for
-seconds of every rank's first checkpoint, only to unpickle what it hands on.
+seconds of every rank's first checkpoint, only to unpickle what it hands on. And it may start because a job is about to end: a
+cluster's signals, which go to every process, would end it before it can ignore them, and with it the last checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
 import pickle
+import signal
+from multiprocessing import resource_tracker
 from typing import Any
+
+from nemo_ext.signals import SIGNALS
 
 
 class PickledQueue:
@@ -30,4 +35,14 @@ def install() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
 
     upstream = writers._get_write_results_queue
-    writers._get_write_results_queue = functools.cache(lambda: PickledQueue(upstream()))
+
+    @functools.cache
+    def queue() -> PickledQueue:
+        resource_tracker.ensure_running()  # starting, it would take signals out of the mask that the new process inherits
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return PickledQueue(upstream())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    writers._get_write_results_queue = queue

@@ -167,7 +167,7 @@ class SlurmCluster:
 
     def processes(self) -> dict[int, str]:
         """Command lines of every process of the cluster, by the number that it has on the login host."""
-        lines = self.check("ps", "-e", "-o", "pid=,args=").splitlines()
+        lines = self.check("ps", "-ww", "-e", "-o", "pid=,args=").splitlines()
         return {int(process): arguments for process, arguments in (line.split(None, 1) for line in lines)}
 
     def stop(self) -> None:

@@ -3,6 +3,8 @@
 import gc
 import importlib.metadata
 import queue
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from nemo_ext import platform
 from nemo_ext.errors import UserError
 from nemo_ext.platform import versions
+from nemo_ext.signals import SIGNALS
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="the CPU platform is not installed where CUDA is")
 
@@ -43,6 +46,9 @@ def test_the_queue_of_checkpoint_writers_knows_no_torch():
         results.get_nowait()
     server = results.queue._manager._process
     assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+    held_back = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{server.pid}/status").read_text())[1], 16)
+    assert all(held_back >> each - 1 & 1 for each in SIGNALS)  # else a cluster's would end it before it ignores them
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(SIGNALS)
 
 
 def test_cuda_devices_are_the_cpu():
