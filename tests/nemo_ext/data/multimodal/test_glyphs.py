@@ -27,13 +27,13 @@ def members(path):
 
 
 def test_pictures_and_names(made, tmp_path):
-    assert made["chance"] == 1 / 44 and made["classes"][:2] == ["LATIN CAPITAL LETTER A", "LATIN CAPITAL LETTER B"]
-    assert len(set(made["classes"])) == 44
-    for side, count in (("train", 132), ("heldout", 88)):
+    assert made["chance"] == 1 / 53 and made["classes"][:2] == ["AMPERSAND", "QUESTION MARK"]
+    assert len(set(made["classes"])) == 53
+    for side, count in (("train", 159), ("heldout", 106)):
         files = members(made[side])
         assert len(files) == 2 * count
         answers = [json.loads(files[f"{i:06d}.json"])["messages"][1]["content"] for i in range(count)]
-        assert answers == [made["classes"][i % 44] for i in range(count)]  # every class as often
+        assert answers == [made["classes"][i % 53] for i in range(count)]  # every class as often
         assert all(decode(files[f"{i:06d}.png"]).size == (32, 32) for i in range(count))
     assert not set(members(made["train"]).values()) & {d for n, d in members(made["heldout"]).items() if n.endswith("png")}
     again = glyphs.make(tmp_path, train=3, heldout=2)
@@ -75,7 +75,7 @@ def test_what_is_drawn_is_the_character():
 def test_as_a_source(tmp_path, tokenizer, monkeypatch):
     platform.activate()
     make = glyphs.make
-    monkeypatch.setattr(glyphs, "make", lambda cache, classes=44: make(cache, classes=classes, train=2, heldout=2))
+    monkeypatch.setattr(glyphs, "make", lambda cache, classes=53: make(cache, classes=classes, train=2, heldout=2))
     sense = vision(tokenizer, side=32, patch=8)
     corpus = prepare(parse("glyphs:22", MEDIA), tokenizer, tmp_path, Settings(128), [sense])
     assert (corpus.train_documents, corpus.heldout_documents) == (44, 44) and corpus.sources[0].name == "glyphs:22"
@@ -88,6 +88,6 @@ def test_as_a_source(tmp_path, tokenizer, monkeypatch):
         prepare(parse("[glyphs,glyphs]", MEDIA), tokenizer, tmp_path, Settings(128), [sense])
     with pytest.raises(UserError, match="data=glyphs: no such file"):
         parse("glyphs")
-    with pytest.raises(UserError, match="from 2 to 44 classes, not 45"):
-        prepare(parse("glyphs:45", MEDIA), tokenizer, tmp_path, Settings(128), [sense])
+    with pytest.raises(UserError, match="from 2 to 53 classes, not 54"):
+        prepare(parse("glyphs:54", MEDIA), tokenizer, tmp_path, Settings(128), [sense])
     assert unicodedata.name(CHARACTERS[-1]) == "GREEK CAPITAL LETTER OMEGA"
