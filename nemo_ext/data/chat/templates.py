@@ -44,6 +44,7 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
     "llama3": (_template(_LLAMA3, "{{ '{end}' }}", _LLAMA3), "<|eot_id|>"),
     "zephyr": (_template(_ZEPHYR, "{{ '{end}\\n' }}", _ZEPHYR), None),
     "alpaca": (_template(_ALPACA, _ALPACA_FOOT, _ALPACA), None),
+    "plain": (_template("", "{{ '{end}' if role == 'assistant' else '\\n' }}", ""), None),  # LLaVA's for captions: no roles
 }
 
 
