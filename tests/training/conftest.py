@@ -10,14 +10,13 @@ from unittest import mock
 
 import layouts
 import pytest
-from nemo_processes import run_group
 
 from nemo_ext import platform
 
 platform.activate()
 
 VOCAB = 512
-SEQ = 64
+SEQ = layouts.KEYS["seq"]
 
 
 @pytest.fixture(scope="session")
@@ -106,22 +105,10 @@ def models(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, tokenizer, corpus, models):
-    """train(cases, processes) -> folder: `layouts.train_all` in that many new processes; losses(folder, case) reads one."""
-    keys = dict(device="cpu", seq=SEQ, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2,
-                every=100,
-                precision="fp32", tensorboard=False)  # fmt: skip
-
+    """train(cases, processes) -> folder: `layouts.train` with the small models; losses(folder, case) reads one."""
     def run(cases: list[dict], processes: int, into: Path | None = None) -> Path:
         out = into or tmp_path_factory.mktemp("runs")
-        plan = {
-            "out": str(out),
-            "keys": keys,
-            "cases": cases,
-            "models": models,
-            "tokenizer": str(tokenizer),
-            "blend": corpus.blend(),
-        }
-        run_group(processes, layouts.train_all, plan, log=out / f"processes{processes}.log")
+        layouts.train(cases, processes, out, models, tokenizer, corpus.blend())
         return out
 
     return run

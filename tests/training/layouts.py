@@ -1,7 +1,6 @@
 """Trains small models under several layouts in the same processes; each case writes a run's folder.
 
-`train_all` is called in every process of a group (tests/training/conftest.py). Between cases the model-parallel groups are built
-anew.
+`train_all` is called in every process of a group. Between cases the model-parallel groups are built anew.
 """
 
 from __future__ import annotations
@@ -13,6 +12,18 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from unittest import mock
+
+from nemo_processes import run_group
+
+# Of all cases, which change them.
+KEYS = dict(device="cpu", seq=64, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2,
+            every=100, precision="fp32", tensorboard=False)  # fmt: skip
+
+
+def train(cases: list[dict], processes: int, out: Path, models: dict[str, dict], tokenizer: Path | str, blend: list) -> None:
+    """`train_all` in that many new processes; `models` are those that cases name, `blend` is the data of cases without one."""
+    plan = {"out": str(out), "keys": KEYS, "cases": cases, "models": models, "tokenizer": str(tokenizer), "blend": blend}
+    run_group(processes, train_all, plan, log=out / f"processes{processes}.log")
 
 
 def train_all(plan: dict) -> None:
@@ -32,11 +43,13 @@ def train_all(plan: dict) -> None:
         out = Path(plan["out"]) / case["name"]
         keys = {**plan["keys"], "gpus": int(os.environ["WORLD_SIZE"]), **case.get("keys", {})}
         if "recipe" in case and "model" not in case:  # random weights
-            shape, weights = None, None
+            shape, weights, senses = None, None, None
         else:
             model = plan["models"][case.get("model", "tied")]
-            shape, weights = Architecture(**model["architecture"]), model["weights"]
-        recipe = recipes.load(case.get("recipe", "pretrain_custom"), shape=shape, overrides=case.get("overrides"), **keys)
+            shape, weights, senses = Architecture(**model["architecture"]), model["weights"], model.get("senses")
+        recipe = recipes.load(
+            case.get("recipe", "pretrain_custom"), shape=shape, senses=senses, overrides=case.get("overrides"), **keys
+        )
         if source := case.get("continue_copy_of"):
             copy(Path(plan["out"]) / source, out)
         newest = run_folder.newest_checkpoint(out / run_folder.CHECKPOINTS)
@@ -84,7 +97,8 @@ def stop_at(step: int):
 
 
 def probe(out: Path):
-    """A callback that writes out/probe.pt: an adapter as it began, what of the model changed, and the trained model's logits."""
+    """A callback that writes out/probeRANK.pt: an adapter as it began, what of this rank's model changed, has gradients, buffers
+    and optimizer states, what was not in training mode, and the trained model's logits."""
     import nemo_run as run
     import torch
     from lightning.pytorch.callbacks import Callback
@@ -97,26 +111,30 @@ def probe(out: Path):
             self.began = {name: p.detach().clone() for name, p in self.parameters(trainer)}
 
         def on_train_batch_start(self, trainer, *unused):
-            self.training = all(module.training for chunk in trainer.strategy.megatron_parallel for module in chunk.modules())
+            named = (each for chunk in trainer.strategy.megatron_parallel for each in chunk.module.module.named_modules())
+            self.in_use = {name for name, module in named if not module.training}
 
         def on_train_end(self, trainer, *unused):
             trained = {name for name, p in self.parameters(trainer) if not torch.equal(p, self.began[name])}
             chunks = trainer.strategy.megatron_parallel
             buffers = sum(buffer.numel for chunk in chunks for buffer in chunk.module.buffers)
+            optimizers = [each for each in trainer.optimizers[0].mcore_optimizer.chained_optimizers if not each.is_stub_optimizer]
+            states = [value for each in optimizers for state in each.optimizer.state.values() for value in state.values()]
             found = {
                 "began": {name: p for name, p in self.began.items() if ".adapter." in name},
                 "trained": trained,
-                "names": set(self.began),
+                "sizes": {name: p.numel() for name, p in self.began.items()},
                 "with_gradient": {name for name, p in self.parameters(trainer) if p.requires_grad},
                 "gradient_elements": buffers,
-                "training": self.training,
+                "optimizer_elements": sum(value.numel() for value in states if isinstance(value, torch.Tensor)),
+                "in_use": self.in_use,
             }
             if trainer.strategy.pipeline_model_parallel_size == trainer.strategy.tensor_model_parallel_size == 1:
                 tokens = torch.arange(2 * 32).reshape(2, 32) * 7 % 500
                 with torch.no_grad():
                     found["logits"] = chunks[0].module(tokens, torch.arange(32).expand(2, -1), None)
-            if trainer.is_global_zero:
-                torch.save(found, self.out / "probe.pt")
+            self.out.mkdir(parents=True, exist_ok=True)
+            torch.save(found, self.out / f"probe{trainer.global_rank}.pt")
 
         def parameters(self, trainer):
             chunks = enumerate(trainer.strategy.megatron_parallel)

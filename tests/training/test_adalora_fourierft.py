@@ -120,7 +120,7 @@ def test_twenty_steps_of_adalora_and_its_ranks_equal_pefts(runs, models, chats, 
         init_r=4, target_r=2, lora_alpha=32, tinit=3, tfinal=5, deltaT=2, beta1=0.85, beta2=0.85, orth_reg_weight=0.3,
         total_step=STEPS, target_modules=ALL, task_type="CAUSAL_LM",
     )  # fmt: skip
-    began = torch.load(runs / "adalora_long" / "probe.pt")["began"]
+    began = torch.load(runs / "adalora_long" / "probe0.pt")["began"]
     sides = {"lora_A": "right", "lora_E": "values", "lora_B": "left"}
     model, own = peft_model(models["tied"]["hf"], config, began, sides)
     patterns = {}
@@ -158,7 +158,7 @@ def test_twenty_steps_of_fourierft_equal_pefts(runs, models, chats, tokenizer):
     config = FourierFTConfig(
         n_frequency=200, scaling=30.0, random_loc_seed=5, target_modules=ALL, task_type="CAUSAL_LM"
     )  # fmt: skip
-    began = torch.load(runs / "fourierft_long" / "probe.pt")["began"]
+    began = torch.load(runs / "fourierft_long" / "probe0.pt")["began"]
     model, own = peft_model(models["tied"]["hf"], config, began, {"fourierft_spectrum": "coefficients"})
     theirs = train_with_peft(model, own, rows(chats, tokenizer, STEPS * 8), STEPS)
     for name in ("fourierft_long", "fourierft_long_tp2"):
@@ -167,7 +167,7 @@ def test_twenty_steps_of_fourierft_equal_pefts(runs, models, chats, tokenizer):
 
 
 def test_a_spectrum_begins_with_zeros_or_drawn(runs):
-    short, long = (torch.load(runs / f"fourierft_{name}" / "probe.pt")["began"] for name in ("one", "long"))
+    short, long = (torch.load(runs / f"fourierft_{name}" / "probe0.pt")["began"] for name in ("one", "long"))
     assert all((value == 0).all() for value in short.values())
     assert all(0.8 < value.std() < 1.2 for value in long.values())
 
@@ -201,11 +201,11 @@ def test_a_fused_linears_parts_are_the_same_at_every_layout(runs, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["long", "one", *LAYOUTS])
 def test_only_the_adapter_is_trained(runs, method, name):
-    probe = torch.load(runs / f"{method}_{name}" / "probe.pt")
+    probe = torch.load(runs / f"{method}_{name}" / "probe0.pt")
     assert probe["with_gradient"] == set(probe["began"])
     cut = {name for name in probe["began"] if name.endswith(".values")}  # perhaps all of them, back to the zero of the start
     assert probe["with_gradient"] - cut <= probe["trained"] <= probe["with_gradient"]
-    assert len(probe["names"]) > len(probe["trained"])
+    assert len(probe["sizes"]) > len(probe["trained"])
 
 
 def test_what_was_cut_stays_zero_in_bf16(runs):
@@ -229,7 +229,7 @@ def test_a_checkpoint_holds_the_adapter_alone(runs):
 
     for method in METHODS:
         _, checkpoint = run_folder.newest_checkpoint(runs / f"{method}_long" / run_folder.CHECKPOINTS)
-        elements = sum(v.numel() for v in torch.load(runs / f"{method}_long" / "probe.pt")["began"].values())
+        elements = sum(v.numel() for v in torch.load(runs / f"{method}_long" / "probe0.pt")["began"].values())
         stored = read(checkpoint / "weights")
         assert all(".adapter." in name for name in stored)
         assert sum(math.prod(t.shape) for t in stored.values()) <= 7 * elements  # fp32 copy, two moments, AdaLoRA's two means
@@ -264,7 +264,7 @@ def test_exported_adapter_in_peft_and_merged_compute_the_trained_models_logits(r
         assert set(map(len, config["rank_pattern"].values())) == {4}
 
     base = AutoModelForCausalLM.from_pretrained(models[model]["hf"]).float().eval()
-    ours, tokens = torch.load(run / "probe.pt")["logits"], torch.arange(2 * 32).reshape(2, 32) * 7 % 500
+    ours, tokens = torch.load(run / "probe0.pt")["logits"], torch.arange(2 * 32).reshape(2, 32) * 7 % 500
     with torch.no_grad():
         before = base(tokens).logits
         theirs = PeftModel.from_pretrained(base, folder).eval()(tokens).logits

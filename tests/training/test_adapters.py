@@ -136,7 +136,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def test_twenty_steps_equal_peft_with_torchs_adamw(runs, models, chats, tokenizer):
-    probe = torch.load(runs / "long" / "probe.pt")
+    probe = torch.load(runs / "long" / "probe0.pt")
     theirs = train_with_peft(peft_model(models["tied"]["hf"], probe, ALL), rows(chats, tokenizer, STEPS * 8), STEPS)
     for name in ("long", "long_tp2"):
         assert_follows(runs, name, theirs)
@@ -153,7 +153,7 @@ def test_twenty_steps_equal_peft_with_torchs_adamw(runs, models, chats, tokenize
     ],
 )
 def test_variants_equal_peft(runs, models, chats, tokenizer, name, targets, settings, optimizer):
-    probe = torch.load(runs / name / "probe.pt")
+    probe = torch.load(runs / name / "probe0.pt")
     model = peft_model(models["tied"]["hf"], probe, targets, **settings)
     theirs = train_with_peft(model, rows(chats, tokenizer, 6 * 8), 6, **optimizer)
     ours = losses(runs, name)[0]
@@ -193,16 +193,16 @@ def test_an_adapter_goes_back_to_its_newest_checkpoint(runs):
 @pytest.mark.parametrize("name", ["long", "one", *LAYOUTS, *VARIANTS])
 def test_only_the_adapter_is_trained(runs, name):
     """Bit for bit, with no gradient or its buffer for anything else."""
-    probe = torch.load(runs / name / "probe.pt")
+    probe = torch.load(runs / name / "probe0.pt")
     assert probe["trained"] == probe["with_gradient"] == set(probe["began"])
-    assert len(probe["names"]) > len(probe["trained"])
+    assert len(probe["sizes"]) > len(probe["trained"])
     elements = sum(value.numel() for value in probe["began"].values())
     assert elements <= probe["gradient_elements"] < 1.2 * elements + 4096
-    assert probe["training"]
+    assert not probe["in_use"]
 
 
 def test_a_begins_as_pefts_does(runs):
-    for name, value in torch.load(runs / "long" / "probe.pt")["began"].items():
+    for name, value in torch.load(runs / "long" / "probe0.pt")["began"].items():
         if name.endswith("linear_in.weight"):
             bound = 1 / math.sqrt(value.shape[1])
             assert value.abs().max() <= bound
@@ -216,7 +216,7 @@ def test_a_checkpoint_holds_the_adapter_alone(runs):
     from conversion.dist_checkpoint import read
 
     _, checkpoint = run_folder.newest_checkpoint(runs / "long" / run_folder.CHECKPOINTS)
-    elements = sum(value.numel() for value in torch.load(runs / "long" / "probe.pt")["began"].values())
+    elements = sum(value.numel() for value in torch.load(runs / "long" / "probe0.pt")["began"].values())
     stored = read(checkpoint / "weights")
     assert all(".adapter." in name for name in stored)
     weights = {name: t for name, t in stored.items() if not name.startswith("optimizer.")}
@@ -245,7 +245,7 @@ def test_exported_adapter_in_peft_computes_the_trained_models_logits(runs, model
     assert config["base_model_name_or_path"] == "the/base"
 
     base = LlamaForCausalLM.from_pretrained(models["tied"]["hf"]).float().eval()
-    ours, tokens = torch.load(runs / name / "probe.pt")["logits"], torch.arange(2 * 32).reshape(2, 32) * 7 % 500
+    ours, tokens = torch.load(runs / name / "probe0.pt")["logits"], torch.arange(2 * 32).reshape(2, 32) * 7 % 500
     with torch.no_grad():
         before = base(tokens).logits
         theirs = PeftModel.from_pretrained(base, folder).eval()(tokens).logits

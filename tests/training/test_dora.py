@@ -174,7 +174,7 @@ TOKENS = torch.arange(2 * 32).reshape(2, 32) * 7 % 500
 
 
 def test_twenty_steps_equal_peft(runs, models, chats, tokenizer):
-    probe = torch.load(runs / "long" / "probe.pt")
+    probe = torch.load(runs / "long" / "probe0.pt")
     model = peft_model(models["tied"]["hf"], probe, use_dora=True)
     theirs = train_with_peft(model, rows(chats, tokenizer, STEPS * 8), STEPS, lr=STEADY["lr"])
     for name in ("long", "long_tp2"):
@@ -184,7 +184,7 @@ def test_twenty_steps_equal_peft(runs, models, chats, tokenizer):
 
 @pytest.mark.parametrize(("name", "dora"), [("some", True), ("lora_some", False)])
 def test_ranks_of_single_linears_equal_pefts_patterns(runs, models, chats, tokenizer, name, dora):
-    probe = torch.load(runs / name / "probe.pt")
+    probe = torch.load(runs / name / "probe0.pt")
     model = peft_model(models["tied"]["hf"], probe, use_dora=dora, **PATTERNS)
     theirs = train_with_peft(model, rows(chats, tokenizer, 6 * 8), 6, lora_plus=SOME["lora_plus"])
     assert_follows(runs, name, theirs)
@@ -193,7 +193,7 @@ def test_ranks_of_single_linears_equal_pefts_patterns(runs, models, chats, token
 
 
 def test_experts_equal_the_equations(runs, models, chats, tokenizer):
-    probe = torch.load(runs / "moe_long" / "probe.pt")
+    probe = torch.load(runs / "moe_long" / "probe0.pt")
     model = mixture_model(models["tied"]["hf"], probe)
     assert [len(layer.mlp.up_proj.a) for layer in model.model.layers] == [1, 1, 3, 3]
     theirs = train_mixture(model, rows(chats, tokenizer, STEPS * 8), STEPS)
@@ -216,7 +216,7 @@ def test_layout_equals_one_process(runs, layout):
 
 def test_bf16_resumes_bit_for_bit_and_keeps_magnitudes_in_fp32(runs):
     assert_same(losses(runs, "bf16"), losses(runs, "bf16_again"), tolerance=0)
-    ours, full = (torch.load(runs / name / "probe.pt")["began"] for name in ("bf16", "one"))
+    ours, full = (torch.load(runs / name / "probe0.pt")["began"] for name in ("bf16", "one"))
     for name, value in full.items():
         rounded = ours[name.replace("0.", "0.module.", 1)]
         assert rounded.dtype == (torch.float32 if name.endswith("weight_magnitude") else torch.bfloat16)
@@ -226,9 +226,9 @@ def test_bf16_resumes_bit_for_bit_and_keeps_magnitudes_in_fp32(runs):
 
 @pytest.mark.parametrize("name", ["long", "some", "lora_some", "bf16", "moe_long", *LAYOUTS])
 def test_only_the_adapter_is_trained(runs, name):
-    probe = torch.load(runs / name / "probe.pt")
+    probe = torch.load(runs / name / "probe0.pt")
     assert probe["trained"] == probe["with_gradient"] == set(probe["began"])
-    assert len(probe["names"]) > len(probe["trained"])
+    assert len(probe["sizes"]) > len(probe["trained"])
 
 
 @pytest.mark.parametrize(("name", "kind", "keys"), [("long", "dora", {}), ("some", "dora", SOME), ("lora_some", "lora", SOME)])
@@ -253,7 +253,7 @@ def test_exported_adapter_in_peft_and_merged(runs, models, tmp_path, name, kind,
     if keys.get("ranks"):
         assert config["rank_pattern"] == PATTERNS["rank_pattern"] and config["alpha_pattern"] == PATTERNS["alpha_pattern"]
 
-    ours = torch.load(runs / name / "probe.pt")["logits"]
+    ours = torch.load(runs / name / "probe0.pt")["logits"]
     base = LlamaForCausalLM.from_pretrained(models["tied"]["hf"]).float().eval()
     with torch.no_grad():
         before = base(TOKENS).logits

@@ -7,35 +7,25 @@ fp32 on gloo; a Llama of four layers, a SigLIP of three, and sixty conversations
 import json
 import random
 
-import neva_layouts
+import layouts
 import pytest
 import torch
-from nemo_processes import run_group
-from test_layouts import assert_same, losses
+from test_layouts import LAYOUTS, assert_follows, assert_same, losses
 
 from nemo_ext.multimodal.description import Encoder, Projector, Sense
 from nemo_ext.schedule import schedule_factor
 
-SEQ, STEPS, LR = 64, 6, 1e-3
+SEQ, STEPS, LR = (layouts.KEYS[name] for name in ("seq", "steps", "lr"))
 VISION = dict(model_type="siglip_vision_model", hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
               image_size=16, patch_size=4)  # fmt: skip
-KEYS = dict(device="cpu", seq=SEQ, global_batch=8, micro_batch=2, steps=STEPS, lr=LR, warmup=2, val_every=3, val_batches=2,
-            every=100, precision="fp32", tensorboard=False, pack=True)  # fmt: skip
 INSTRUCT = dict(stage="instruct", train_tower="full")  # all weights learn
 # Where a gradient is nothing but rounding, Adam takes whole steps in its direction: not with a larger epsilon
 LARGE_EPSILON = dict(pack=False, eps=1e-5)
 ADAPTER = dict(LARGE_EPSILON, stage="instruct", rank=4, alpha=8.0, lr=1e-2)
 LORA = {**ADAPTER, "train_language": "lora"}
 TOWER_LORA = {**ADAPTER, "train_language": "frozen", "train_tower": "lora"}
-LAYOUTS = {
-    "tp2": dict(tp=2, sp=False),
-    "tp2_sp": dict(tp=2, sp=True),
-    "pp2": dict(pp=2),
-    "pp2_vp2": dict(pp=2, vp=2),
-    "dp2": dict(distributed_optimizer=False, overlap=False),
-    "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True),
-    "dp2_micro1": dict(micro_batch=1, pack=False, eps=1e-5, overlap=True),  # many micro batches without an image
-}
+# and many micro batches without an image
+LAYOUTS = {**LAYOUTS, "dp2_micro1": dict(micro_batch=1, pack=False, eps=1e-5, overlap=True)}
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +86,9 @@ def chats(model, tmp_path_factory):
 
 
 def train(cases, processes, out, model, chats):
-    plan = {name: model[name] for name in ("weights", "senses", "architecture", "tokenizer")}
-    plan |= {"out": str(out), "keys": KEYS, "cases": cases, "blend": chats.blend()}
-    run_group(processes, neva_layouts.train_all, plan, log=out / f"processes{processes}.log")
+    cases = [dict(case, recipe="neva_llama3", model="neva", probe=True) for case in cases]
+    models = {"neva": {name: model[name] for name in ("weights", "senses", "architecture")}}
+    layouts.train(cases, processes, out, models, model["tokenizer"], chats.blend())
 
 
 @pytest.fixture(scope="module")
@@ -175,19 +165,19 @@ TRAINED = {
 def test_only_what_the_stage_trains_changes(runs, name, stage):
     """Bit for bit; the rest has no gradient, no buffer for one, and no optimizer state."""
     probe = torch.load(runs / name / "probe0.pt")
-    wanted = {n for n in probe["names"] if TRAINED[stage](n)}
-    assert probe["changed"] == probe["with_gradient"] == wanted
+    wanted = {n for n in probe["sizes"] if TRAINED[stage](n)}
+    assert probe["trained"] == probe["with_gradient"] == wanted
     elements = sum(probe["sizes"][n] for n in wanted)
     assert elements <= probe["gradient_elements"] < 1.1 * elements + 4096
     assert 2 * elements <= probe["optimizer_elements"] < 3.3 * elements + 4096 * 3  # two moments, and perhaps an fp32 copy
-    assert probe["encoder_trains"] == [stage in ("one", "tower_lora")]
+    assert any(n.endswith("vision.encoder") for n in probe["in_use"]) == (stage not in ("one", "tower_lora"))
     assert any(".decoder." in f".{n}" and ".adapter." in n for n in wanted) == (stage == "lora")
     assert any("senses." in n and ".adapter." in n for n in wanted) == (stage == "tower_lora")
 
 
 def test_a_stage_with_nothing_to_train_keeps_nothing(runs):
     probe = torch.load(runs / "align_pp2" / "probe1.pt")
-    assert not probe["changed"] and not probe["with_gradient"] and not any("senses" in n for n in probe["names"])
+    assert not probe["trained"] and not probe["with_gradient"] and not any("senses" in n for n in probe["sizes"])
     assert probe["gradient_elements"] == probe["optimizer_elements"] == 0
 
 
@@ -233,10 +223,7 @@ def test_losses_and_gradient_norms_are_transformers(runs, model, chats):
     from transformers import LlavaForConditionalGeneration
 
     theirs = LlavaForConditionalGeneration.from_pretrained(model["hf"]).float().train()
-    ours, _, norms = losses(runs, "one_unpacked")
-    for step, (loss, norm) in enumerate(train_theirs(theirs, rows(model, chats), LR), 1):
-        assert ours[step] == pytest.approx(loss, abs=1e-5), step
-        assert norms[step] == pytest.approx(norm, rel=1e-4), step
+    assert_follows(runs, "one_unpacked", list(train_theirs(theirs, rows(model, chats), LR)), loss=1e-5, norm=1e-4)
 
 
 def test_an_adapter_of_the_tower_is_pefts(runs, model, chats):
@@ -254,11 +241,7 @@ def test_an_adapter_of_the_tower_is_pefts(runs, model, chats):
         elif parameter.requires_grad:
             module = name.split("vision_model.")[1].split(".lora_")[0]
             side = "linear_in" if "lora_A" in name else "linear_out"
-            parameter.data.copy_(began[f"senses.vision.encoder.vision_model.{module}.adapter.{side}.weight"])
+            parameter.data.copy_(began[f"0.senses.vision.encoder.vision_model.{module}.adapter.{side}.weight"])
             count += 1
     assert count == len(began) == 2 * 6 * 2
-    ours, _, norms = losses(runs, "tower_lora")
-    found = list(train_theirs(theirs, rows(model, chats), 1e-2))
-    for step, (loss, norm) in enumerate(found, 1):
-        assert ours[step] == pytest.approx(loss, abs=1e-4), step
-        assert norms[step] == pytest.approx(norm, rel=1e-3), step
+    assert_follows(runs, "tower_lora", list(train_theirs(theirs, rows(model, chats), 1e-2)))

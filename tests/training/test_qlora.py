@@ -72,7 +72,7 @@ def quantized(hf, double_quant=True):
     ("names", "steps", "double_quant"), [(("long", "long_tp2"), STEPS, True), (("once", "once_tp2"), 6, False)]
 )
 def test_steps_equal_peft_on_bitsandbytes(runs, models, chats, tokenizer, names, steps, double_quant):
-    probe = torch.load(runs / names[0] / "probe.pt")
+    probe = torch.load(runs / names[0] / "probe0.pt")
     model = peft_model(models["wide"]["hf"], probe, ALL, base=quantized(models["wide"]["hf"], double_quant))
     theirs = train_with_peft(model, rows(chats, tokenizer, steps * 8), steps)
     for name in names:
@@ -123,8 +123,8 @@ def test_first_loss_is_the_quantized_models(runs, models, chats, tokenizer, name
 def test_no_full_weight_is_a_parameter_and_checkpoints_hold_the_adapter_alone(runs):
     from conversion.dist_checkpoint import read
 
-    probe = torch.load(runs / "long" / "probe.pt")
-    assert not any(name.endswith("to_wrap.weight") for name in probe["names"])
+    probe = torch.load(runs / "long" / "probe0.pt")
+    assert not any(name.endswith("to_wrap.weight") for name in probe["sizes"])
     assert probe["trained"] == probe["with_gradient"] == set(probe["began"])
     _, checkpoint = run_folder.newest_checkpoint(runs / "long" / run_folder.CHECKPOINTS)
     assert all(".adapter." in name for name in read(checkpoint / "weights"))
