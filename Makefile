@@ -1,6 +1,7 @@
 # make demo   the main job: continue pre-training SmolLM2-135M on this machine's Python documentation
 # make demo-sft   tune it on questions and answers made from that documentation
 # make demo-grpo  let it learn sums from rewards of its own answers
+# make demo-neva  give it eyes: it reads characters in fonts that it has not seen
 # make test   the tests
 # All set up .venv first, once; `make setup` does only that.
 
@@ -9,7 +10,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(shell cat requirements/*.txt | cksum | cut -d' ' -f1)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo demo-sft demo-grpo test lint clean
+.PHONY: setup demo demo-sft demo-grpo demo-neva test lint clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,9 @@ demo-sft: setup
 
 demo-grpo: setup
 	$(VENV)/bin/python launchers/run.py recipe=grpo_llama3 out=runs/demo-grpo
+
+demo-neva: setup
+	$(VENV)/bin/python launchers/run.py recipe=neva_llama3 gpus=2 out=runs/demo-neva
 
 test: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

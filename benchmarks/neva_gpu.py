@@ -1,4 +1,4 @@
-"""A model with eyes: this project's recipe and Hugging Face's LLaVA in a plain loop, the same shapes, weights random, one run.
+"""A model with eyes: this project's recipe and Hugging Face's LLaVA with its Trainer, the same shapes, weights random, one run.
 
     python benchmarks/neva_gpu.py case=align case=lora gpus=1 out=benchmarks/results/neva_gpu.json
     python benchmarks/neva_gpu.py case=instruct gpus=2 tp=2 theirs=false out=...
@@ -7,7 +7,7 @@
 Shapes: SigLIP-so400m/14-384 and Llama-3-8B in bf16; `shape=tiny` for a machine without a GPU. A row has `images=` (2) images and
 text up to `seq=` (2048) tokens, all of which learn but the images' places; `rows=` (8) rows a step of `micro_batch=` (1). Cases:
 align (projector), lora (projector and LoRA of rank 16), instruct (projector and language model). `recompute=true` recomputes
-ours. Theirs: transformers' LLaVA with SDPA attention, gradient checkpointing where the language model is trained
+ours. Theirs: transformers' LLaVA with SDPA attention and its Trainer, gradient checkpointing where the language model is trained
 (`checkpointing=`) and fused AdamW, on one GPU. Medians of the steps after the first `warm=` (5) of `steps=` (15). The tower's
 share is the time of its forward passes (ours with the projector's), by CUDA events, over that of a step. Memory is the largest
 of all ranks that torch allocated, in GiB.
@@ -193,7 +193,15 @@ def theirs(options: dict[str, Any], case: str, folder: Path) -> None:
 
     platform.activate()
     import torch
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     shape, sense = parts(options)
     cuda = torch.cuda.is_available()
@@ -219,25 +227,37 @@ def theirs(options: dict[str, Any], case: str, folder: Path) -> None:
     inner = model.get_base_model() if case == "lora" else model
     inner.model.vision_tower.requires_grad_(False)
     inner.model.multi_modal_projector.requires_grad_(True)
-    if options["checkpointing"] and case != "align":
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda)
-    clock, device = Clock(inner.model.vision_tower, "gpu" if cuda else "cpu"), torch.device(place)
-    times = [time.perf_counter()]
-    for step in range(options["steps"]):
-        for number in range(options["rows"] // options["micro_batch"]):
-            made = batch(options, sense, shape.vocab_size, options["micro_batch"], 1000 * step + number)
-            made = {name: value.to(device, non_blocking=True) for name, value in made.items()}
-            output = model(input_ids=made["tokens"], pixel_values=made["vision_inputs"].to(dtype), use_cache=False)
-            logits, labels = output.logits.flatten(0, 1).float(), made["labels"].flatten()
-            loss = torch.nn.functional.cross_entropy(logits, labels.masked_fill(labels == TOKEN, -100))
-            (loss * options["micro_batch"] / options["rows"]).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.tick()
-        times.append(time.perf_counter())
+    clock = Clock(inner.model.vision_tower, "gpu" if cuda else "cpu")
+    times: list[float] = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return options["rows"] * options["steps"]
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            row = batch(options, sense, shape.vocab_size, 1, number)
+            labels = row["tokens"].masked_fill(row["tokens"] == TOKEN, -100)  # the model moves them by one place itself
+            return {"input_ids": row["tokens"], "labels": labels, "pixel_values": row["vision_inputs"].to(dtype)}
+
+    def join(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *unused: Any, **more: Any) -> None:
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *unused: Any, **more: Any) -> None:
+            clock.tick()
+            times.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "theirs"), per_device_train_batch_size=options["micro_batch"], max_steps=options["steps"],
+        gradient_accumulation_steps=options["rows"] // options["micro_batch"], learning_rate=1e-4, max_grad_norm=1.0,
+        optim="adamw_torch_fused" if cuda else "adamw_torch", gradient_checkpointing=options["checkpointing"] and case != "align",
+        gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=not cuda, logging_strategy="no", save_strategy="no",
+        report_to=[], remove_unused_columns=False, dataloader_num_workers=2 if cuda else 0, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=Rows(), data_collator=join, callbacks=[Watch()]).train()
     steps = [b - a for a, b in zip(times[:-1], times[1:], strict=True)]
     peak = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
     (folder / "theirs.json").write_text(json.dumps(dict(steps=steps, tower=clock.seconds, memory_gib=peak)))

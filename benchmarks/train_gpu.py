@@ -6,7 +6,7 @@
 recipe out. TFLOP/s a GPU are by `Architecture.flops_per_token` (causal attention at half, no recomputation), for both. Ours
 trains on the Python documentation, evaluates before and after, and writes its metrics; stock trains on mock tokens. Seconds to
 the first step count from the command. Memory is the largest of all ranks in GiB: allocated and reserved by torch's allocator,
-and, for ours, what else of the device is in use.
+and, for ours, what else of the device is in use. `profile=STEP` also says where ours spent that step.
 
 Adapters (`lora`, `qlora`) train in a random base on conversations as long as the sequence (packed: an eighth), and not in stock;
 two operations a token and frozen weight are not counted, since it has no gradient.
@@ -85,6 +85,7 @@ def ours(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
         "losses": [r["loss"] for r in trained],
         "val_losses": [r["val_loss"] for r in records if "val_loss" in r],
         "first_step_seconds": trained[0]["time"] - started,
+        "profile": run_folder.read_json(run_folder.rank_profile(out, 0)),
     }
 
 
@@ -142,7 +143,7 @@ def main(arguments: list[str]) -> None:
     options = {"steps": "16", "warm": "5", "stock": "true", **dict(pairs)}
     steps, warm, out = int(options["steps"]), int(options["warm"]), Path(options["out"])
     for name in [v for k, v in pairs if k == "case"]:
-        case = CASES[name]
+        case = CASES[name] | ({"profile": int(options["profile"])} if "profile" in options else {})
         row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": _gpu()}
         row["versions"] = _versions()
         with tempfile.TemporaryDirectory() as folder:

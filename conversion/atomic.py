@@ -1,7 +1,8 @@
-"""Folders that appear under their final name only when everything in them is on disk, and that go on after a kill.
+"""Folders and files that appear under their final name only when everything in them is on disk, and that go on after a kill.
 
 What is being written lies beside the final place in a hidden folder, `.NAME.unfinished`, with a journal of the files that are
-finished. The journal is locked as long as its writer lives, so that two of them never write one folder.
+finished and of how far a long one has come. The journal is locked as long as its writer lives, so that two of them never write
+one folder.
 """
 
 from __future__ import annotations
@@ -9,26 +10,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemo_ext.disk import sync, sync_tree
 from nemo_ext.errors import RunError, UserError, free_bytes, is_full
 
-JOURNAL = ".finished.jsonl"  # a line with the key, then a line per finished file
+JOURNAL = ".finished.jsonl"  # a line with the key, then a line per finished file, and per GROWTH bytes of one that grows
+GROWTH = 1 << 28
 GIB = 2**30
 
 
 class Unfinished:
-    """A folder that is not yet under its final name; `path` is where it is written, `final` where it will be."""
+    """A folder, or a file in one, that is not yet under its final name; `path` is the folder, `final` the name."""
 
-    def __init__(self, path: Path, final: Path, journal: BinaryIO, finished: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, path: Path, final: Path, journal: BinaryIO) -> None:
         self.path, self.final = path, final
-        self._journal, self._finished = journal, finished
+        self._journal = journal
+        self._finished: dict[str, dict[str, Any]] = {}
+        self._begun: dict[str, dict[str, Any]] = {}  # files that grow: as far as they are on disk
         self.kept = False  # True: all is written, and no error that comes yet is about it
 
     def finished(self, file: Path) -> dict[str, Any] | None:
@@ -37,19 +42,83 @@ class Unfinished:
 
     def finish(self, file: Path, **facts: Any) -> None:
         """Flush a complete file to disk and note it with `facts` (JSON), so that it is not written again. Thread-safe."""
+        name = self._name(file)
+        self._finished[name] = self._note(file, **facts)
+        self._begun.pop(name, None)
+
+    def grow(
+        self, file: Path, begin: Callable[[Path], None], pieces: Iterable[Callable[[], bytes | memoryview]]
+    ) -> Iterator[int]:
+        """Write a file piece by piece, and yield after each how many of them it has; then `finish` it.
+
+        `begin` makes the file with what stands before the pieces. Where an earlier process came to lies in the journal, a note
+        every `GROWTH` bytes: the pieces before it are not asked for again, and counted in the first number.
+        """
+        begun = self._begun.get(self._name(file))
+        if begun is None:
+            begin(file)
+        done, noted = (begun["pieces"], begun["bytes"]) if begun else (0, 0)
+        if done:
+            os.truncate(file, noted)
+            yield done
+        with open(file, "ab", buffering=0) as stream:
+            for piece in itertools.islice(pieces, done, None):
+                rest = memoryview(piece())
+                while rest:
+                    rest = rest[stream.write(rest) :]
+                done += 1
+                if (size := stream.tell()) - noted >= GROWTH:
+                    self._begun[self._name(file)], noted = self._note(file, pieces=done), size
+                yield done
+
+    def _note(self, file: Path, **facts: Any) -> dict[str, Any]:
         sync(file)
         line = {"file": self._name(file), "bytes": file.stat().st_size, **facts}
         self._journal.write(json.dumps(line).encode() + b"\n")  # unbuffered: one write call
         os.fsync(self._journal.fileno())
-        self._finished[line["file"]] = line
+        return line
+
+    def resume(self, key: str) -> None:
+        """Find what an earlier process with this key has written; everything else is removed from the folder."""
+        head = json.dumps({"key": key}).encode()
+        self._journal.seek(0)
+        content = self._journal.read()
+        lines = content.splitlines()
+        if key and lines[:1] == [head]:
+            for line in lines[1:]:
+                with contextlib.suppress(ValueError, OSError):  # cut off by a kill; gone since
+                    self._found(json.loads(line))
+            if not content.endswith(b"\n"):
+                self._journal.write(b"\n")
+        else:
+            self._journal.truncate(0)
+            self._journal.write(head + b"\n")
+        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir():
+                with contextlib.suppress(OSError):  # holds finished files
+                    path.rmdir()
+            elif self._name(path) not in {JOURNAL, *self._finished, *self._begun}:
+                path.unlink()
+
+    def _found(self, entry: dict[str, Any]) -> None:
+        """Take a line of the journal, which says more than those before it about the same file, for what the file still is."""
+        name, size = entry["file"], (self.path / entry["file"]).stat().st_size
+        self._finished.pop(name, None)
+        self._begun.pop(name, None)
+        if "pieces" in entry and size >= entry["bytes"]:
+            self._begun[name] = entry
+        elif "pieces" not in entry and size == entry["bytes"]:
+            self._finished[name] = entry
 
     @property
-    def any_finished(self) -> bool:
-        return bool(self._finished)
+    def any_kept(self) -> bool:
+        """Whether there is anything to go on from."""
+        return bool(self._finished or self._begun)
 
     def check_space(self, sizes: dict[Path, int]) -> None:
         """Raises UserError if the files of `sizes`, {file: bytes}, do not fit on the disk; finished ones are there already."""
-        needed = sum(size for file, size in sizes.items() if self.finished(file) is None)
+        begun = {name: entry["bytes"] for name, entry in self._begun.items()}
+        needed = sum(size - begun.get(self._name(file), 0) for file, size in sizes.items() if self.finished(file) is None)
         free = free_bytes(self.path)
         if needed > free:
             there = sum(sizes.values()) - needed
@@ -88,37 +157,61 @@ def resumable_folder(final: Path, key: str) -> Iterator[Unfinished]:
     starts empty. UserError and RunError remove the folder, unless it is `kept`; a kill, a signal or a full disk keep what is
     finished.
     """
+    with _resumable(final, key, refuse_taken, _publish_folder) as unfinished:
+        yield unfinished
+
+
+@contextlib.contextmanager
+def resumable_file(final: Path, key: str) -> Iterator[Unfinished]:
+    """`resumable_folder` for a single file, which is written as `path / final.name`. What is at `final` is never replaced."""
+    with _resumable(final, key, refuse_file, _publish_file) as unfinished:
+        yield unfinished
+
+
+@contextlib.contextmanager
+def _resumable(
+    final: Path, key: str, refuse: Callable[[Path], None], publish: Callable[[Path, Path], None]
+) -> Iterator[Unfinished]:
     final = Path(final).absolute()
     partial = final.parent / f".{final.name}.unfinished"
-    refuse_taken(final)
+    refuse(final)
     with contextlib.ExitStack() as stack:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir(exist_ok=True)
-            journal = stack.enter_context(_locked(partial / JOURNAL, final))
-            unfinished = Unfinished(partial, final, journal, _resume(partial, journal, key))
+            unfinished = Unfinished(partial, final, stack.enter_context(_locked(partial / JOURNAL, final)))
+            unfinished.resume(key)
         except OSError as error:
             raise UserError(f"cannot write in {final.parent}: {error.strerror or error}") from error
         try:
-            refuse_taken(final)  # another process may have finished it just before this one took the lock
+            refuse(final)  # another process may have finished it just before this one took the lock
             yield unfinished
             unfinished.check_sizes()
             sync_tree(partial)
-            if final.exists():
-                final.rmdir()
-            os.rename(partial, final)
-            (final / JOURNAL).unlink()
+            publish(partial, final)
             sync(final.parent)
         except BaseException as error:
             full = is_full(error, partial)
             useful = unfinished.kept or not isinstance(error, (UserError, RunError))
-            if not (key and useful and unfinished.any_finished):
+            if not (key and useful and unfinished.any_kept):
                 _remove(partial)
             if full:
                 raise UserError(f"the disk of {final} is full: make space, the same command goes on") from error
             if isinstance(error, OSError):
                 raise UserError(_explain(error, partial, final)) from error
             raise
+
+
+def _publish_folder(partial: Path, final: Path) -> None:
+    if final.exists():
+        final.rmdir()
+    os.rename(partial, final)
+    (final / JOURNAL).unlink()
+
+
+def _publish_file(partial: Path, final: Path) -> None:
+    os.rename(partial / final.name, final)
+    _remove(partial)
 
 
 def fingerprint(sources: Iterable[Path], *options: Any) -> str:
@@ -133,6 +226,12 @@ def refuse_taken(final: Path) -> None:
         raise UserError(f"{final} exists already: delete it or choose another folder")
 
 
+def refuse_file(final: Path) -> None:
+    """Raises UserError if there is anything at `final`."""
+    if final.is_symlink() or final.exists():
+        raise UserError(f"{final} exists already: delete it or choose another file")
+
+
 @contextlib.contextmanager
 def _locked(journal: Path, final: Path) -> Iterator[BinaryIO]:
     """The journal, open and locked; UserError where another process has it."""
@@ -143,34 +242,8 @@ def _locked(journal: Path, final: Path) -> Iterator[BinaryIO]:
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
-            raise UserError(f"{final} is being written by another process: wait for it or choose another folder")
+            raise UserError(f"{final} is being written by another process: wait for it or choose another place")
         yield stream
-
-
-def _resume(partial: Path, journal: BinaryIO, key: str) -> dict[str, dict[str, Any]]:
-    """What an earlier process with this key has finished, {file name: facts}; everything else is removed from the folder."""
-    head, finished = json.dumps({"key": key}).encode(), {}
-    journal.seek(0)
-    content = journal.read()
-    lines = content.splitlines()
-    if key and lines[:1] == [head]:
-        for line in lines[1:]:
-            with contextlib.suppress(ValueError, OSError):  # cut off by a kill; gone since
-                entry = json.loads(line)
-                if (partial / entry["file"]).stat().st_size == entry["bytes"]:
-                    finished[entry["file"]] = entry
-        if not content.endswith(b"\n"):
-            journal.write(b"\n")
-    else:
-        journal.truncate(0)
-        journal.write(head + b"\n")
-    for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
-        if path.is_dir():
-            with contextlib.suppress(OSError):  # holds finished files
-                path.rmdir()
-        elif str(path.relative_to(partial)) not in {JOURNAL, *finished}:
-            path.unlink()
-    return finished
 
 
 def _remove(partial: Path) -> None:

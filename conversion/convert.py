@@ -53,7 +53,7 @@ class Options:
     to: str = key(NO_DEFAULT, "hf:FOLDER, nemo:FOLDER, gguf:FILE or lora:FOLDER; must not exist")
     base: str | None = key(None, "the model that an adapter is for: hf:FOLDER or nemo:FOLDER", auto="none")
     dtype: str | None = key(
-        None, "float32, bfloat16 or float16; of a GGUF file f32, f16, bf16, q8_0 or q4_0", auto="as it was; GGUF f16"
+        None, "float32, bfloat16 or float16; of a GGUF file f32, f16, bf16, q8_0, q4_0 or q4_k", auto="as it was; GGUF f16"
     )
     max_shard: str | None = key(None, "largest safetensors file, such as 2GB or 500MiB", auto="the files of the import, else 5GB")
     workers: int | None = key(None, "threads", auto=f"one a core, at most {MAX_WORKERS}")
@@ -75,8 +75,8 @@ def command(options: Options) -> None:
         raise UserError(f"workers={options.workers} must be 1 or more")
     if options.base and kind != "lora":
         raise UserError("base= is the model of an adapter: it goes with from=lora:")
-    if options.max_shard and target_kind != "hf":
-        raise UserError("max_shard= is the size of safetensors files: it goes with to=hf:")
+    if options.max_shard and (target_kind != "hf" or kind == "lora"):
+        raise UserError("max_shard= is the size of new safetensors files: it goes with to=hf:, and not with from=lora:")
     started = time.monotonic()
     job = Job(options, source, Path(target).expanduser().absolute())
     atomic.refuse_taken(job.target)
@@ -97,6 +97,10 @@ class Job:
         return self.options.workers or min(os.cpu_count() or 1, MAX_WORKERS)
 
     @property
+    def max_shard_bytes(self) -> int | None:
+        return _bytes(self.options.max_shard) if self.options.max_shard else None
+
+    @property
     def name(self) -> str:
         """What to call the model: its run's or folder's name."""
         folder = Path(self.source).expanduser().absolute()
@@ -108,7 +112,8 @@ class Job:
         sources = [path for path in sorted(file.rglob("*")) if path.is_file()] if file.is_dir() else [file]
         if not file.exists():
             raise UserError(f"{file} is not there")
-        return self.target.parent / f".{self.target.name}.hf-{atomic.fingerprint(sources, self.options.dtype)[:12]}"
+        content = atomic.fingerprint(sources, self.options.dtype, self.options.max_shard)
+        return self.target.parent / f".{self.target.name}.hf-{content[:12]}"
 
     def run(self, convert: Callable[[Progress, Check], Any], pair: Callable[[Path], tuple[str, str]], final: Path) -> None:
         """Call `convert(progress, check)`, where the check compares the `pair` of checkpoints for the finished folder."""
@@ -183,10 +188,9 @@ def _export(job: Job, target: Path, dtype: str | None) -> None:
 
     nemo = nemo_folder.find(Path(job.source).expanduser())
     job.check_layout(nemo.architecture)
-    max_bytes = _bytes(job.options.max_shard) if job.options.max_shard else None
     job.run(
         lambda progress, check: nemo_to_hf.export(
-            nemo, target, dtype=dtype, max_shard_bytes=max_bytes, progress=progress, workers=job.workers, check=check
+            nemo, target, dtype=dtype, max_shard_bytes=job.max_shard_bytes, progress=progress, workers=job.workers, check=check
         ),
         lambda folder: (f"nemo:{nemo.folder}", f"hf:{folder}"),
         target,
@@ -201,8 +205,8 @@ def _from_gguf(job: Job) -> tuple[Path, dict[str, Any] | bool]:
 
     staged, file = job.staged(), Path(job.source).expanduser()
     if not staged.is_dir():
-        with bar(f"reading {file.name}") as progress:
-            gguf.to_hf(file, staged, job.options.dtype or "float32", progress)
+        with bar(f"reading {file.name}", unit="B") as progress:
+            gguf.to_hf(file, staged, job.options.dtype or "float32", progress, job.max_shard_bytes or gguf.MAX_SHARD_BYTES)
     _say_written(staged)
     return staged, job.verify(f"gguf:{file}", f"hf:{staged}", {str(staged): str(job.target)})
 

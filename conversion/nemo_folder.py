@@ -64,6 +64,11 @@ def find(path: str | Path, adapter: bool = False) -> NemoCheckpoint:
     return _described(found, description)
 
 
+def description(path: str | Path) -> Path:
+    """The folder of what describes the checkpoint that `find` finds."""
+    return _find(Path(path))[1]
+
+
 def _find(path: Path) -> tuple[Path, Path]:
     """The folders of a checkpoint and of what describes it."""
     if not path.is_dir():

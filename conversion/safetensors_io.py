@@ -61,14 +61,18 @@ class TensorInfo:
 
     def write(self, tensor: torch.Tensor) -> None:
         """Put the tensor at its place in a file that `create` has made. ValueError if dtype or shape are others."""
-        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
-            raise ValueError(f"{self.file}: got {tensor.dtype} {tuple(tensor.shape)}, announced {self.dtype} {self.shape}")
-        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        raw = self.raw(tensor)
         with open(self.file, "r+b", buffering=0) as stream:
             stream.seek(self.offset)
             done = 0
             while done < self.nbytes:
                 done += stream.write(raw[done:])
+
+    def raw(self, tensor: torch.Tensor) -> memoryview:
+        """The bytes to store. ValueError if dtype or shape are others."""
+        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
+            raise ValueError(f"{self.file}: got {tensor.dtype} {tuple(tensor.shape)}, announced {self.dtype} {self.shape}")
+        return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

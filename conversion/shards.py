@@ -7,11 +7,13 @@ it, so that the record of an imported folder lets an export give the same files 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 
 from conversion import safetensors_io
+from conversion.atomic import Unfinished
 from conversion.dtypes import DTYPES, NAMES
 from conversion.safetensors_io import TensorInfo
+from conversion.workers import Progress
 
 LAYER = re.compile(r"(.*?\blayers\.)(\d+)(\..*)")
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # {name: (dtype, shape)}
@@ -88,6 +92,52 @@ def lay_out(specs: Specs, max_bytes: int) -> list[Shard]:
         Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(sorted(group)), safetensors_io.FORMAT)
         for i, group in enumerate(groups, 1)
     ]
+
+
+def write(
+    unfinished: Unfinished,
+    layout: Iterable[Shard],
+    specs: Specs,
+    read: Callable[[str], torch.Tensor],
+    progress: Progress | None = None,
+) -> None:
+    """Write the files of `layout` into the unfinished folder, one after another, with one tensor, `read(name)`, in memory.
+
+    What an earlier process has written stays. `progress(done, total, "B")` follows. Raises UserError if the disk is too small.
+    """
+    layout = list(layout)
+    sizes = {shard.file: [nbytes(specs[name]) for name in shard.tensors] for shard in layout}
+    unfinished.check_space({unfinished.path / file: sum(each) for file, each in sizes.items()})
+    total, before = sum(map(sum, sizes.values())), 0
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, total, "B")
+
+    for shard in layout:
+        file = unfinished.path / shard.file
+        if not unfinished.finished(file):
+            for count in unfinished.grow(file, *_growing(shard, specs, read)):
+                report(before + sum(sizes[shard.file][:count]))
+            unfinished.finish(file)
+        before += sum(sizes[shard.file])
+        report(before)
+
+
+def _growing(
+    shard: Shard, specs: Specs, read: Callable[[str], torch.Tensor]
+) -> tuple[Callable[[Path], None], list[Callable[[], memoryview]]]:
+    """What `Unfinished.grow` wants to know of a safetensors file."""
+
+    def begin(file: Path) -> None:
+        places = safetensors_io.create(file, {name: specs[name] for name in shard.tensors}, shard.metadata)
+        os.truncate(file, min((place.offset for place in places.values()), default=file.stat().st_size))
+
+    def raw(name: str) -> memoryview:
+        dtype, shape = specs[name]
+        return TensorInfo(Path(shard.file), 0, dtype, tuple(shape)).raw(read(name))
+
+    return begin, [functools.partial(raw, name) for name in shard.tensors]
 
 
 def write_index(folder: Path, shards: Iterable[Shard], specs: Specs, metadata: Mapping[str, Any] | None) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from deploy.engine.request import Logprob, Output, Request
 from deploy.metrics import Metrics, Watch
 from deploy.openai_api import Answer, error
-from deploy.tools import ToolCall, ToolStream, parse
+from deploy.tools import ToolStream
+from nemo_ext.tool_calls import ToolCall, parse
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.engine.request import MAX_LOGPROBS, Logprob, Refused, Request, Sampling
-from deploy.tools import ToolCall, calls_schema
+from deploy.tools import calls_schema
+from nemo_ext.tool_calls import ToolCall
 
 MAX_STOP = 16
 MAX_WORDS = 64
@@ -149,6 +150,20 @@ class Part(Model):
     input_audio: Any = None
     file: Any = None
 
+    @property
+    def source(self) -> str:
+        """The URL of an image, a sound in base64. Raises Refused for other content."""
+        if self.type == "image_url":
+            if self.image_url is None:
+                raise Refused('content of type image_url needs image_url: {"url": "data:image/png;base64,..."}')
+            return self.image_url.url
+        if self.type == "input_audio":
+            data = self.input_audio.get("data") if isinstance(self.input_audio, dict) else None
+            if not isinstance(data, str):
+                raise Refused('content of type input_audio needs input_audio: {"data": "<base64>", "format": "wav"}')
+            return data
+        raise Refused(f"content of type {self.type} is not served", "unsupported_value")
+
 
 class Message(Model):
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -159,21 +174,19 @@ class Message(Model):
     refusal: None = None
 
     @property
-    def urls(self) -> list[str]:
-        """Of its images, in order. Raises Refused for content that is neither text nor an image."""
+    def media(self) -> list[tuple[str, str]]:
+        """Of its images ("image_url", URL) and sounds ("input_audio", base64), in order. Raises Refused for other content."""
         parts = self.content if isinstance(self.content, list) else []
-        if other := next((part.type for part in parts if part.type not in ("text", "image_url")), None):
-            raise Refused(f"content of type {other} is not served", "unsupported_value")
-        if any(part.type == "image_url" and part.image_url is None for part in parts):
-            raise Refused('content of type image_url needs image_url: {"url": "data:image/png;base64,..."}')
-        return [part.image_url.url for part in parts if part.type == "image_url"]
+        return [(part.type, part.source) for part in parts if part.type != "text"]
 
     def for_template(self, parts: bool = False) -> dict[str, Any]:
-        """The message as chat templates read it: content as text, or as `parts` of text and images; arguments as objects."""
+        """The message as chat templates read it: content as text, or as `parts` of text, images and sounds; arguments as
+        objects."""
         content: Any = self.content
         if parts and (content or not self.tool_calls):
             given = content if isinstance(content, list) else [Part(type="text", text=content or "")]
-            content = [{"type": "text", "text": p.text or ""} if p.type == "text" else {"type": "image"} for p in given]
+            kinds = {"image_url": "image", "input_audio": "audio"}
+            content = [{"type": "text", "text": p.text or ""} if p.type == "text" else {"type": kinds[p.type]} for p in given]
         elif isinstance(content, list):
             content = "".join(part.text or "" for part in content)
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}

@@ -50,7 +50,7 @@ class Own:
     gpu_memory: float | None = key(None, "share of the GPU's memory (vLLM: all; TensorRT-LLM: of what is left, for the cache); "
                                    "not embedded", auto="the backend's")  # fmt: skip
     images: int | None = key(
-        None, "images in a request, of a model that sees; see max_body", auto="embedded 8, else the backend's"
+        None, "images or sounds in a request, of a model that sees or hears; see max_body", auto="embedded 8, else the backend's"
     )
     queue: int = key(64, "requests that may wait; more are answered 429", group="embedded")
     max_tokens: int = key(4096, "new tokens of an answer")

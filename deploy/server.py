@@ -64,9 +64,9 @@ class Service:
             )
         tools = body.called_tools
         prompts, pictures = self.engine.prompts, ()
-        if urls := [url for message in body.messages for url in message.urls]:
+        if sources := [source for message in body.messages for source in message.media]:
             messages = [message.for_template(parts=True) for message in body.messages]
-            prompt, pictures = prompts.chat_with_images(messages, urls, tools)
+            prompt, pictures = prompts.chat_with_media(messages, sources, tools)
         else:
             prompt = prompts.chat([message.for_template(parts=prompts.parts_only) for message in body.messages], tools)
         request = body.request(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launchers import folder, grammar
-from launchers.worker import JOB
+from launchers.worker import JOB, LOCK_PATIENCE
 from nemo_ext import faults, run_folder
 from nemo_ext.command_line import check_choice, key, keys_of
 from nemo_ext.errors import RunError, UserError
@@ -51,6 +51,28 @@ def phase(command: grammar.Command) -> str | None:
 def complete(command: grammar.Command) -> int:
     """The exit code where nothing is left to train."""
     return COMPLETE if phase(command) == PREPARE else 0
+
+
+def hold(
+    command: grammar.Command, run_dir: Path, keys: dict[str, Any], *, export: Callable[[], Any], run: Callable[[], int]
+) -> int:
+    """`run` with the run's folder held, unless it holds a complete run: then make up for its `export`, and say so. Returns the
+    exit code. Raises UserError where the folder holds another run than `keys` ask for."""
+    with folder.owned(run_dir, LOCK_PATIENCE if phase(command) else 0):
+        folder.check_same_run(run_dir, command, {name: value for name, value in keys.items() if value is not None})
+        if (summary := folder.complete(run_dir)) is None:
+            return run()
+        export()
+        print(f"{run_dir} is complete at step {summary['steps']}")
+        show(summary)
+        return complete(command)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a complete run's result."""
+    from nemo_ext import report
+
+    print("\n".join(report.terminal_lines(summary)))
 
 
 def carry_out(

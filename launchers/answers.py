@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,8 @@ def with_media(
     """`answers` as `side_by_side` has them, of held-out conversations with images, each with its first image in `run_dir`.
 
     With `scored`, so many are answered and compared with their references word for word: `exact` is {"before": (share, low,
-    high), "after": ..., "count": n}, with intervals of 95%. Empty where transformers has no class for the model.
+    high), "after": ..., "commonest": share, "count": n}, with Wilson's intervals of 95%; the commonest reference as the answer to
+    all would be right that often. Empty where transformers has no class for the model.
     """
     from nemo_ext import platform, run_folder
 
@@ -93,9 +96,6 @@ def with_media(
     from transformers import AutoConfig, AutoTokenizer
 
     after, sense = run_dir / run_folder.EXPORT, senses[0]["sense"]
-    if sense["tiling"] is not None:
-        print("no answers: they are not given about images in tiles")
-        return {}
     try:
         AutoConfig.from_pretrained(after)
     except ValueError as error:
@@ -108,7 +108,8 @@ def with_media(
     with bar("answering", len(folders) * len(asked), "questions") as progress:
         for number, (name, folder) in enumerate(folders.items()):
             base = number * len(asked)
-            given = _generate(folder, asked, MEDIA[modality], lambda done, base=base: progress(base + done))
+            tiled = sense["tiling"] is not None
+            given = _generate(folder, asked, MEDIA[modality], tiled, lambda done, base=base: progress(base + done))
             for row, answer in zip(rows, given, strict=True):
                 row[name] = answer
     found: dict[str, Any] = {"answers": rows[:count]}
@@ -118,17 +119,17 @@ def with_media(
             (run_dir / IMAGES).mkdir(exist_ok=True)
             (run_dir / row["image"]).write_bytes(each.picture)
     if scored and rows:
-        found["exact"] = {name: _share([_plain(row[name]) == _plain(row["reference"]) for row in rows]) for name in folders}
-        found["exact"]["count"] = len(rows)
+        found["exact"] = _exact(rows, folders)
     return found
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A held-out conversation up to its first learnt token: `inputs` float32 [n, ...] for the encoder."""
+    """A held-out conversation up to its first learnt token: `inputs` float32 [n, ...] for the encoder, of each image or sound."""
 
     ids: list[int]
-    inputs: Any
+    inputs: list[Any]
+    shapes: list[tuple[int, ...]]
     question: str
     answer: str
     picture: bytes | None
@@ -137,7 +138,6 @@ class _Asked:
 
 def _with_images(corpus, senses: list[dict[str, Any]], tokenizer, count: int) -> list[_Asked]:
     """The first held-out samples, spread over a corpus' sources."""
-    import numpy as np
 
     from nemo_ext.data.multimodal.inputs import from_dict
     from nemo_ext.data.multimodal.store import Samples
@@ -154,7 +154,8 @@ def _with_images(corpus, senses: list[dict[str, Any]], tokenizer, count: int) ->
         found.append(
             _Asked(
                 ids[:start].tolist(),
-                np.concatenate(arrays) if arrays else None,
+                arrays,
+                [each.shape for each in media],
                 _last_turn(words, tokenizer).strip(),
                 tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
                 data[0] if data else None,
@@ -175,7 +176,21 @@ def _inputs_before(ids, media, source) -> int:
     return count
 
 
-def _generate(folder: Path, asked: list[_Asked], key: str, progress) -> list[str]:
+def _keywords(asked: list[_Asked], key: str, tiled: bool) -> dict[str, Any]:
+    """The media of these as transformers' models take them: all inputs as `key`; of images in tiles each image's, filled up to
+    one number of tiles, with the images' sizes."""
+    import torch
+
+    arrays = [torch.from_numpy(array) for each in asked for array in each.inputs]
+    if not arrays:
+        return {}
+    if not tiled:
+        return {key: torch.cat(arrays)}
+    sizes = torch.tensor([shape for each in asked for shape in each.shapes])
+    return {key: torch.nn.utils.rnn.pad_sequence(arrays, batch_first=True), "image_sizes": sizes}
+
+
+def _generate(folder: Path, asked: list[_Asked], key: str, tiled: bool, progress) -> list[str]:
     """Greedy answers of a Hugging Face model that takes media as `key`, those with prompts of one length together."""
     import torch
     import transformers
@@ -190,13 +205,13 @@ def _generate(folder: Path, asked: list[_Asked], key: str, progress) -> list[str
     longest = max(len(tokenizer(each.answer)["input_ids"]) for each in asked)
     alike: dict[tuple[int, int], list[int]] = {}
     for number, each in enumerate(asked):
-        alike.setdefault((len(each.ids), 0 if each.inputs is None else len(each.inputs)), []).append(number)
+        alike.setdefault((len(each.ids), len(each.inputs)), []).append(number)
     done = 0
     for numbers in alike.values():
         for batch in (numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)):
             ids = torch.tensor([asked[number].ids for number in batch]).cuda()
-            pictures = [torch.from_numpy(asked[number].inputs) for number in batch if asked[number].inputs is not None]
-            media = {key: torch.cat(pictures).to(network.dtype).cuda()} if pictures else {}
+            media = _keywords([asked[number] for number in batch], key, tiled)
+            media = {name: value.to(network.dtype if name == key else value.dtype).cuda() for name, value in media.items()}
             with torch.inference_mode():
                 given = network.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **media, do_sample=False,
@@ -209,14 +224,16 @@ def _generate(folder: Path, asked: list[_Asked], key: str, progress) -> list[str
     return answers
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+def _exact(rows: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """`exact` of `with_media`."""
+    from nemo_ext.evaluation.text_metrics import exact
 
-
-def _share(right: list[bool]) -> tuple[float, float, float]:
-    from nemo_ext.evaluation.intervals import wilson
-
-    return sum(right) / len(right), *wilson(sum(right), len(right))
+    references = [row["reference"] for row in rows]
+    found: dict[str, Any] = {}
+    for name in names:
+        metric, _ = exact([row[name] for row in rows], [[reference] for reference in references])
+        found[name] = (metric.value, metric.low, metric.high)
+    return {**found, "commonest": Counter(references).most_common(1)[0][1] / len(rows), "count": len(rows)}
 
 
 def _suffix(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 python launchers/evaluate.py model=hf:FOLDER tasks=[ppl:notes.md,mcq:mmlu/test] dev=mmlu/dev shots=5 out=evaluation
 python launchers/evaluate.py model=[hf:BASE,nemo:RUN] tasks=[generate:gsm8k.jsonl@numeric] out=evaluation
+python launchers/evaluate.py model=[hf:BASE,lora:FOLDER] tasks=ppl:notes.md out=evaluation
 python launchers/evaluate.py model=[hf:A,hf:B] tasks=judge:prompts.jsonl judge_url=http://HOST/v1 judge_model=NAME out=evaluation
 
 Tasks that are finished are not run again when the command is given again. Exit codes: 0 complete, 1 failed, 2 bad input.
@@ -15,13 +16,14 @@ import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nemo_ext import run_folder
 from nemo_ext.command_line import NO_DEFAULT, key, main
 from nemo_ext.disk import held
 from nemo_ext.errors import UserError
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 
 ABOUT = "Evaluates models on files of texts, questions and prompts, and writes one report."
 EXAMPLE = "python launchers/evaluate.py model=hf:FOLDER tasks=[ppl:notes.md,mcq:questions.csv] out=evaluation"
+KINDS = ("hf", "nemo", "lora")
+PEFT_CONFIG = "adapter_config.json"
+KIND_NAMES = {"lora": "LoRA", "canonical_lora": "LoRA", "dora": "DoRA", "canonical_dora": "DoRA", "moe_dora": "MoE-DoRA",
+              "adalora": "AdaLoRA", "fourierft": "FourierFT"}  # fmt: skip
 EXPORTED = ".exported"
 REPLIES = "judge.jsonl"
 
@@ -45,10 +51,12 @@ REPLIES = "judge.jsonl"
 class Options:
     """The command's keys."""
 
-    model: Any = key(NO_DEFAULT, "hf:FOLDER, hf:NAME (in Hugging Face's local cache) or nemo:RUN, or a list; others are compared "
-                     "with the first")  # fmt: skip
+    model: Any = key(NO_DEFAULT, "hf:FOLDER, hf:NAME (in Hugging Face's local cache), nemo:RUN or lora:FOLDER (PEFT's), or a "
+                     "list; others are compared with the first")  # fmt: skip
     tasks: Any = key(NO_DEFAULT, "ppl:FILE, mcq:FILE, generate:FILE, judge:FILE or lm_eval:NAME, or a list")
     out: str = key(NO_DEFAULT, "folder of the report")
+    base: str | None = key(None, "the model that adapters are for: hf:FOLDER or hf:NAME", auto="what each adapter names")
+    nf4: bool | None = key(None, "adapters on their base in NF4, as QLoRA trained them", auto="of runs of qlora; else not")
     limit: int | None = key(None, "documents, questions or prompts of a task, from the first", auto="all")
     batch: int | None = key(None, "sequences at once", auto="as many as fit, at most 16")
     dtype: str | None = key(None, "of the weights", choices=("float32", "bfloat16", "float16"),
@@ -86,8 +94,21 @@ class Candidate:
     kind: str
     folder: Path
     key: str
+    adapter: Adapter | None = None
     loaded: Model | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is known of an adapter before it is loaded: its kind, the base's folder, and how the base is rounded for it."""
+
+    kind: str
+    base: Path
+    double_quant: bool | None = None  # of a base in NF4; None: it is not
+
+    def __str__(self) -> str:
+        return f"{self.kind} on {self.base}" + (" in NF4" if self.double_quant is not None else "")
 
 
 def command(options: Options) -> None:
@@ -107,7 +128,7 @@ class Evaluation:
         self.stop = tasks.as_list("stop", options.stop) if options.stop is not None else []
         self._check()
         self.content = {task.name: self._read(task) for task in self.tasks}
-        self.candidates = _candidates(options.model)
+        self.candidates = _candidates(options.model, options.base, options.nf4)
         self.store = Store(self.out)
         self.rubric = self._rubric()
 
@@ -310,9 +331,45 @@ class Evaluation:
 
             hf_logging.set_verbosity_error()
             hf_logging.disable_progress_bar()
-            folder = candidate.folder if candidate.kind == "hf" else self._exported(candidate)
-            candidate.loaded = Model(folder, candidate.name, self.options.dtype, self.options.batch)
+            shutil.rmtree(self.out / EXPORTED, ignore_errors=True)  # of a command that was killed
+            if candidate.adapter:
+                found = self._adapted(candidate, candidate.adapter)
+            else:
+                found = {
+                    "folder": candidate.folder if candidate.kind == "hf" else self._exported(candidate.folder, candidate.name)
+                }
+            candidate.loaded = Model(name=candidate.name, dtype=self.options.dtype, batch=self.options.batch, **found)
         return candidate.loaded
+
+    def _adapted(self, candidate: Candidate, adapter: Adapter) -> dict[str, Any]:
+        """The arguments of `Model` for an adapter: its base, its tokenizer, and how it is put in."""
+        from conversion.lora import experts, from_nemo
+        from conversion.lora import nemo as lora
+        from nemo_ext.evaluation import adapted
+
+        base = adapter.base
+        if not (base / "config.json").is_file():
+            base = self._exported(base, f"the base of {candidate.name}")
+        if candidate.kind == "lora":
+            tokenizer, peft, routed = candidate.folder, candidate.folder, None
+        else:
+            from conversion import nemo_folder
+
+            tokenizer = nemo_folder.find(candidate.folder, adapter=True).tokenizer
+            peft = routed = None
+            if adapter.kind == "MoE-DoRA":
+                routed = experts.of_checkpoint(*lora.find(candidate.folder, None))
+            else:
+                peft = from_nemo.convert(candidate.folder, self.out / EXPORTED / "lora")
+        if tokenizer and not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            tokenizer = None
+
+        def adapt(network: Any) -> Any:
+            if adapter.double_quant is not None:
+                adapted.round_to_nf4(network, adapter.double_quant)
+            return adapted.with_experts(network, routed) if routed else adapted.with_peft(network, peft)
+
+        return {"folder": base, "tokenizer": tokenizer, "adapt": adapt}
 
     def _release(self, candidate: Candidate) -> None:
         """Free what `_model` took."""
@@ -321,14 +378,12 @@ class Evaluation:
             candidate.loaded = None
         shutil.rmtree(self.out / EXPORTED, ignore_errors=True)
 
-    def _exported(self, candidate: Candidate) -> Path:
+    def _exported(self, folder: Path, name: str) -> Path:
         """A run's newest checkpoint as a Hugging Face folder, gone when its tasks are done."""
         from conversion import nemo_to_hf
 
-        target = self.out / EXPORTED / "hf"
-        shutil.rmtree(target.parent, ignore_errors=True)  # of a command that was killed
-        with bar(f"exporting {candidate.name}", unit="B") as progress:
-            return nemo_to_hf.export(candidate.folder, target, progress=progress)
+        with bar(f"exporting {name}", unit="B") as progress:
+            return nemo_to_hf.export(folder, self.out / EXPORTED / "hf", progress=progress)
 
     def _facts(self, candidate: Candidate) -> dict[str, Any]:
         """What the report says of a model; kept, for a later command may not load it."""
@@ -336,6 +391,8 @@ class Evaluation:
         if candidate.loaded is None and (kept := self.store.find(name, candidate.key)):
             return kept
         facts: dict[str, Any] = {"from": f"{candidate.kind}:{candidate.folder}"}
+        if candidate.adapter:
+            facts["adapter"] = str(candidate.adapter)
         if candidate.loaded:
             network = candidate.loaded.network
             facts |= {"type": network.config.model_type, "parameters": f"{network.num_parameters():,}"}
@@ -377,9 +434,12 @@ class Evaluation:
         return text
 
 
-def _candidates(value: Any) -> list[Candidate]:
+def _candidates(value: Any, base: str | None, nf4: bool | None) -> list[Candidate]:
     """The models of `model=`. Raises UserError for what is none, before any is loaded."""
-    found = [_candidate(text) for text in tasks.as_list("model", value)]
+    found = [_candidate(text, base, nf4) for text in tasks.as_list("model", value)]
+    for name, given in (("base", base), ("nf4", nf4)):
+        if given is not None and not any(candidate.adapter for candidate in found):
+            raise UserError(f"{name}= is of adapters, and no model is one")
     folders = [candidate.folder for candidate in found]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
@@ -389,29 +449,86 @@ def _candidates(value: Any) -> list[Candidate]:
     return found
 
 
-def _candidate(text: str) -> Candidate:
+def _candidate(text: str, base: str | None, nf4: bool | None) -> Candidate:
     kind, separator, name = text.partition(":")
-    if not separator or not name or kind not in ("hf", "nemo"):
-        near = difflib.get_close_matches(kind, ("hf", "nemo"), n=1, cutoff=0.4) if separator and name else []
-        raise UserError(f"model={text}: give hf:FOLDER or nemo:RUN{f'; did you mean {near[0]}:?' if near else ''}")
+    if not separator or not name or kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.4) if separator and name else []
+        raise UserError(f"model={text}: give hf:FOLDER, nemo:RUN or lora:FOLDER{f'; did you mean {near[0]}:?' if near else ''}")
     folder = Path(name).expanduser()
     if kind == "nemo":
         from conversion import nemo_folder
 
-        checkpoint = nemo_folder.find(folder)
+        checkpoint = nemo_folder.find(folder, adapter=True)
         if checkpoint.tokenizer is None:
             raise UserError(f"model={text}: the checkpoint has no tokenizer")
-        return Candidate("", kind, folder, results.digest("nemo", results.folder_digest(checkpoint.folder)))
-    if not folder.is_dir():
-        from conversion import hub_cache
-
-        cached = hub_cache.find(name)
-        if cached is None:
-            raise UserError(f"model={text}: no such folder, and no such model in Hugging Face's local cache")
-        folder = cached
+        described = nemo_folder.description(folder) / nemo_folder.ADAPTER
+        adapter = _adapter_of_run(text, described, base, nf4) if described.is_file() else None
+        return _with_key(Candidate("", kind, folder, results.folder_digest(checkpoint.folder), adapter))
+    if kind == "lora":
+        return _with_key(Candidate("", kind, folder, results.folder_digest(folder), _adapter_of_peft(text, folder, base, nf4)))
+    folder = _hf_folder("model", text)
     if not (folder / "config.json").is_file():
+        if (folder / PEFT_CONFIG).is_file():
+            raise UserError(f"model={text}: the folder holds a PEFT adapter: lora:{name}")
         raise UserError(f"model={text}: the folder has no config.json; a run of this project is nemo:{name}")
-    return Candidate("", kind, folder, results.digest("hf", results.folder_digest(folder)))
+    return _with_key(Candidate("", kind, folder, results.folder_digest(folder)))
+
+
+def _with_key(candidate: Candidate) -> Candidate:
+    """With a key of all that decides what the model computes, where it was that of its own files."""
+    beside = candidate.adapter
+    about = [str(beside), results.folder_digest(beside.base), beside.double_quant] if beside else []
+    return replace(candidate, key=results.digest(candidate.kind, candidate.key, *about))
+
+
+def _adapter_of_run(text: str, description: Path, base: str | None, nf4: bool | None) -> Adapter:
+    """What a run's adapter.json says. Raises UserError for one that cannot be evaluated here."""
+    described = run_folder.read_json(description) or {}
+    if described.get("senses"):
+        raise UserError(f"model={text}: the tasks are of text, and this is an adapter of a model that sees or hears")
+    rounded = described.get("nf4")
+    if nf4 is not None:
+        rounded = (rounded or {"double_quant": True}) if nf4 else None
+    kind = KIND_NAMES.get(described.get("kind"), "adapter")
+    return Adapter(kind, _base(text, base, described.get("base")), rounded["double_quant"] if rounded else None)
+
+
+def _adapter_of_peft(text: str, folder: Path, base: str | None, nf4: bool | None) -> Adapter:
+    """What a PEFT folder says."""
+    if not folder.is_dir():
+        raise UserError(f"model={text}: there is no such folder")
+    config = run_folder.read_json(folder / PEFT_CONFIG)
+    if not config or "peft_type" not in config:
+        raise UserError(f"model={text}: the folder has no {PEFT_CONFIG} of PEFT's; a whole model is hf:, a run nemo:")
+    kind = "DoRA" if config.get("use_dora") else KIND_NAMES.get(str(config["peft_type"]).lower(), str(config["peft_type"]))
+    return Adapter(kind, _base(text, base, config.get("base_model_name_or_path")), True if nf4 else None)
+
+
+def _base(text: str, given: str | None, named: str | None) -> Path:
+    """The folder of an adapter's base: the given one, or that which the adapter names."""
+    if given is not None:
+        if not given.startswith("hf:"):
+            raise UserError(f"base={given}: give hf:FOLDER or hf:NAME")
+        return _hf_folder("base", given)
+    if not named:
+        raise UserError(f"model={text}: the adapter names no base: give base=hf:FOLDER")
+    try:
+        return _hf_folder("model", f"hf:{named}")
+    except UserError:
+        raise UserError(f"model={text}: its base {named} is not on this machine: give base=hf:FOLDER") from None
+
+
+def _hf_folder(option: str, text: str) -> Path:
+    """A folder, or the model of this name in Hugging Face's local cache."""
+    name = text.partition(":")[2]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from conversion import hub_cache
+
+    if (cached := hub_cache.find(name)) is None:
+        raise UserError(f"{option}={text}: no such folder, and no such model in Hugging Face's local cache")
+    return cached
 
 
 def _device() -> str:

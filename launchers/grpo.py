@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,17 @@ from typing import Any
 import recipes
 from launchers import allocation, folder, grammar, inputs, local
 from launchers.memory import Memory, Request
-from launchers.worker import JOB, LOCK_PATIENCE
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
-from nemo_ext.command_line import keys_of
 from nemo_ext.disk import write_atomic
 from nemo_ext.errors import RunError, UserError
 from nemo_ext.progress import bar
-from recipes.grpo import GrpoKeys, finish
+from recipes.grpo import finish
 
 GIB = 2**30
 PATHS = ("model", "system", "prompt", "template", "reward_model")  # keys that may name files
-# A run's folder may be continued with other values of these: they change where, how fast and how long, not what is learnt.
-FREE_TO_CHANGE = set(
-    "nodes gpus tp pp cp ep generation_tp generation_gpus micro_batch recompute device gpu_memory every keep val_every "
-    "tensorboard wandb out export answers dynamic_limit reward_timeout backend restarts hang_timeout on_nan".split()
-)
 TOKENIZER = "tokenizer"  # in a run's folder: the model's tokenizer, with the chat template that is used
+TRAINING_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "rollout.pt", run_folder.MANIFEST)
 VLLM_SHARE = 0.3  # of a GPU's memory, which TRL gives a vLLM that shares the policy's GPU
 
 
@@ -70,7 +65,7 @@ class Planned:
 
 def start(command: grammar.Command) -> int:
     """Plan, prepare, train, report. Returns the exit code."""
-    from nemo_ext.grpo.embedded import build_reward
+    from nemo_ext.grpo.embedded import build_reward, build_tools
     from nemo_ext.platform import hardware
 
     machine = hardware.detect()
@@ -82,11 +77,13 @@ def start(command: grammar.Command) -> int:
 
         return grpo_nemo_rl.start(command, keys, machine)
     if command.dryrun:
-        raise UserError("dryrun=true is for executor=slurm and engine=nemo_rl; plan=true shows what would run")
+        raise UserError("dryrun=true is for executor=slurm, executor=k8s and engine=nemo_rl; plan=true shows what would run")
     if command.overrides:
         raise UserError(f"{next(iter(command.overrides))}=: the embedded engine has no fields beside its keys; --help shows them")
     method, family = recipes.split(command.recipe)
     build_reward(keys).close()  # refused here, not after the data is read
+    if (tools := build_tools(keys)) is not None:
+        tools.close()
     if command.plan:
         _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
         print("\n".join(plan(keys, architecture, _memory(keys, machine)).lines()))
@@ -95,13 +92,9 @@ def start(command: grammar.Command) -> int:
         raise UserError("device=gpu: this machine has no CUDA device; plan=true plans for one")
     keys = inputs.absolute(keys, PATHS)
     run_dir = Path(keys["out"])
-    with folder.owned(run_dir, LOCK_PATIENCE if allocation.phase(command) else 0):
-        check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
-        if (summary := folder.complete(run_dir)) is not None:
-            _export(run_dir, keys)
-            done(f"{run_dir} is complete at step {summary['steps']}", summary)
-            return allocation.complete(command)
-        return _run(command, keys, machine, run_dir)
+    return allocation.hold(
+        command, run_dir, keys, export=lambda: _export(run_dir, keys), run=lambda: _run(command, keys, machine, run_dir)
+    )
 
 
 def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: Path) -> int:
@@ -143,9 +136,9 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir
     print(_brief(keys, planned))
     model = model_folder(checkpoint)
     counts = prepare_problems(run_dir, keys, model)
-    keys["steps"] = keys["steps"] or max(1, int(keys["epochs"] * counts["train"] // keys["prompts"]))
+    keys["steps"] = keys["steps"] or keys["updates"] * max(1, int(keys["epochs"] * counts["train"] // keys["prompts"]))
     keys = finish(keys)
-    check_same_run(run_dir, command, keys)
+    folder.check_same_run(run_dir, command, keys)
     return _Ready(command, keys, run_dir, architecture, planned, model, counts)
 
 
@@ -153,20 +146,14 @@ def _hand_over(ready: _Ready) -> bool:
     """Write down what the worker needs; False where all steps are made: the run was killed before its summary."""
     keys, run_dir, planned = ready.keys, ready.run_dir, ready.planned
     found = folder.usable_checkpoint(run_dir)
-    started_at = found[0] if found else 0
-    if started_at >= keys["steps"]:
+    if found and found[0] >= keys["steps"]:
         return False
     folder.check_disk(run_dir, 12 * planned.parameters, keys)
-    grammar.save(run_dir / run_folder.CONFIG, ready.command.recipe, keys, {})
-    run_folder.write_json(run_dir / run_folder.PLAN, {"lines": planned.lines(), "total": planned.total})
     job = {
-        "recipe": ready.command.recipe, "keys": keys, "overrides": {}, "architecture": ready.architecture.to_dict(),
-        "tokenizer": str(run_dir / TOKENIZER), "blend": [], "weights": str(ready.model),
-        "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at,
+        "architecture": ready.architecture.to_dict(), "tokenizer": str(run_dir / TOKENIZER), "blend": [],
+        "weights": str(ready.model),
     }  # fmt: skip
-    run_folder.write_json(run_dir / JOB, job)
-    if found:
-        print(f"continuing {run_dir} from step {started_at}")
+    folder.hand_over(run_dir, ready.command, keys, {"lines": planned.lines(), "total": planned.total}, found, job)
     return True
 
 
@@ -176,24 +163,20 @@ def _finish(ready: _Ready) -> None:
     from nemo_ext.grpo import evaluation
 
     keys, run_dir, planned = ready.keys, ready.run_dir, ready.planned
-    newest = folder.newest_checkpoint(run_dir)
     facts = {
-        "recipe": ready.command.recipe,
+        **folder.facts(run_dir, ready.command),
         "engine": "embedded",
         "parameters": planned.parameters,
         "layout": {"tp": 1, "pp": 1, "dp": 1},
-        "resumed_from_step": (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0),
         "problems": ready.counts["train"],
         "heldout_problems": ready.counts["heldout"],
-        "checkpoint": str(newest[1]) if newest else None,
-        "peak_memory": peak / GIB if (peak := run_folder.peak_memory(run_dir)) else None,
         "planned_memory": planned.total / GIB,
         "answers": evaluation.side_by_side(run_dir, keys["steps"], keys["answers"]),
         **evaluation.compare(run_dir, keys["steps"]),
     }
     summary = report.write(run_dir, facts)
     _export(run_dir, keys)
-    done("", summary)
+    allocation.show(summary)
 
 
 def plan(keys: dict[str, Any], architecture: Architecture, memory: float) -> Planned:
@@ -242,28 +225,32 @@ def prepare_problems(run_dir: Path, keys: dict[str, Any], model: Path) -> dict[s
     """
     from conversion import nemo_folder
     from nemo_ext.grpo import data
-    from nemo_ext.grpo.embedded import HELDOUT, TRAIN, build_reward
+    from nemo_ext.grpo.embedded import HELDOUT, TRAIN, build_reward, build_tools
 
     files = {"train": run_dir / TRAIN, "heldout": run_dir / HELDOUT}
     if (run_dir / run_folder.CONFIG).is_file() and all(file.is_file() for file in files.values()):
         counts = {side: len(file.read_bytes().splitlines()) for side, file in files.items()}
         print(f"{counts['train']:,} problems to train on, {counts['heldout']:,} held out, as prepared before")
         return counts
-    with bar("reading problems", unit="problems") as progress:
-        problems = data.load(
-            keys["data"], model, question_key=keys["question_key"], answer_key=keys["answer_key"], system=keys["system"],
-            prompt=keys["prompt"], template=keys["template"], heldout=keys["heldout"], max_prompt=keys["max_prompt"],
-            seed=keys["seed"], progress=progress,
-        )  # fmt: skip
-    shutil.rmtree(run_dir / TOKENIZER, ignore_errors=True)
-    nemo_folder.copy_tokenizer(model, run_dir / TOKENIZER)
-    if problems.template is not None:
-        (run_dir / TOKENIZER / "chat_template.jinja").write_text(problems.template, encoding="utf-8")
-    if keys["filter"]:
-        from nemo_ext.grpo import difficulty
+    with ExitStack() as stack:
+        tools = stack.enter_context(build_tools(keys)) if keys["tools"] else None
+        with bar("reading problems", unit="problems") as progress:
+            problems = data.load(
+                keys["data"], model, question_key=keys["question_key"], answer_key=keys["answer_key"], system=keys["system"],
+                prompt=keys["prompt"], template=keys["template"], heldout=keys["heldout"], max_prompt=keys["max_prompt"],
+                seed=keys["seed"], tools=tools, progress=progress,
+            )  # fmt: skip
+        shutil.rmtree(run_dir / TOKENIZER, ignore_errors=True)
+        nemo_folder.copy_tokenizer(model, run_dir / TOKENIZER)
+        if problems.template is not None:
+            (run_dir / TOKENIZER / "chat_template.jinja").write_text(problems.template, encoding="utf-8")
+        if keys["filter"]:
+            from nemo_ext.data.chat.render import Renderer, Settings
+            from nemo_ext.grpo import difficulty
 
-        with bar("answering for filter=true", unit="problems") as progress:
-            problems = difficulty.without_extremes(problems, keys, model, progress)
+            renderer = Renderer(run_dir / TOKENIZER, Settings(1))
+            with bar("answering for filter=true", unit="problems") as progress:
+                problems = difficulty.without_extremes(problems, keys, model, progress, tools, renderer)
     for side, rows in (("train", problems.train), ("heldout", problems.heldout)):
         write_atomic(files[side], "".join(json.dumps(row, default=str) + "\n" for row in rows))
     print("\n".join(problems.report()))
@@ -287,19 +274,6 @@ def model_folder(checkpoint: Any) -> Path:
     return target
 
 
-def check_same_run(run_dir: Path, command: grammar.Command, keys: dict[str, Any]) -> None:
-    """Refuse another run's folder. Raises UserError."""
-    defaults = {name: field.default for name, field in keys_of(GrpoKeys).items()}
-    folder.check_same_run(run_dir, command.recipe, keys, command.overrides, free=FREE_TO_CHANGE, defaults=defaults)
-
-
-def done(headline: str, summary: dict[str, Any]) -> None:
-    """Print a complete run's result."""
-    from nemo_ext import report
-
-    print("\n".join(filter(None, [headline, *report.terminal_lines(summary)])))
-
-
 def _export(run_dir: Path, keys: dict[str, Any]) -> None:
     """Put the last checkpoint's model, without what only training needs, into the run's folder."""
     from conversion.atomic import new_folder
@@ -311,7 +285,7 @@ def _export(run_dir: Path, keys: dict[str, Any]) -> None:
         raise RunError(f"the run is complete, its export is not: {run_dir} holds no checkpoint")
     with new_folder(target) as partial:
         for file in newest[1].iterdir():
-            if file.name not in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", run_folder.MANIFEST):
+            if file.name not in TRAINING_FILES:
                 shutil.copyfile(file, partial / file.name)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import recipes
 from launchers import allocation, folder, grammar, grpo, inputs
 from launchers import nemo_rl_engine as engine
-from launchers.worker import JOB, LOCK_PATIENCE
+from launchers.worker import JOB
 from nemo_ext import run_folder
 from nemo_ext.errors import UserError
-from nemo_ext.grpo.embedded import HELDOUT, TRAIN, read_rows
+from nemo_ext.grpo.embedded import HELDOUT, TRAIN, build_tools, read_rows
 from nemo_ext.grpo.nemo_rl import emit, problems, tree
 from recipes.grpo import finish
 
@@ -47,12 +47,9 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
         return 0
     if allocation.phase(command) is None:
         engine.require_local(keys)
-    with folder.owned(run_dir, LOCK_PATIENCE if allocation.phase(command) else 0):
-        grpo.check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
-        if (summary := folder.complete(run_dir)) is not None:
-            grpo.done(f"{run_dir} is complete at step {summary['steps']}", summary)
-            return allocation.complete(command)
-        return _run(command, keys, machine, run_dir, version)
+    return allocation.hold(
+        command, run_dir, keys, export=lambda: _export(run_dir, keys), run=lambda: _run(command, keys, machine, run_dir, version)
+    )
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,12 @@ def _prepare(
     counts = grpo.prepare_problems(write_to, keys, model)
     steps = keys["steps"] or max(1, int(keys["epochs"] * counts["train"] // keys["prompts"]))
     keys = finish({**planned.keys, "steps": steps})
-    problems.write(write_to / PROBLEMS / "train.jsonl", read_rows(write_to / TRAIN))
-    problems.write(write_to / PROBLEMS / "heldout.jsonl", read_rows(write_to / HELDOUT)[: keys["val_samples"]])
+    tools = None
+    if keys["tools"]:
+        with build_tools(keys) as started:
+            tools = started.schemas
+    problems.write(write_to / PROBLEMS / "train.jsonl", read_rows(write_to / TRAIN), tools)
+    problems.write(write_to / PROBLEMS / "heldout.jsonl", read_rows(write_to / HELDOUT)[: keys["val_samples"]], tools)
     template = Path(grpo.TOKENIZER) / "chat_template.jinja"
     paths = emit.Paths(
         model=str(model),
@@ -96,7 +97,7 @@ def _run(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir: 
     def ready() -> _Prepared:
         prepared = _prepare(command, keys, machine, run_dir, run_dir, version)
         print("\n".join(prepared.planned.lines()))
-        grpo.check_same_run(run_dir, command, prepared.keys)
+        folder.check_same_run(run_dir, command, prepared.keys)
         return prepared
 
     def hand_over(prepared: _Prepared) -> bool:
@@ -129,9 +130,13 @@ def _finish(command: grammar.Command, prepared: _Prepared, run_dir: Path, versio
         "checkpoint": str(newest[1]) if newest else None,
     }
     summary = report.write(run_dir, facts)
-    if prepared.keys["export"] == "hf" and not (run_dir / run_folder.EXPORT).is_dir():
+    _export(run_dir, prepared.keys)
+    allocation.show(summary)
+
+
+def _export(run_dir: Path, keys: dict[str, Any]) -> None:
+    if keys["export"] == "hf" and not (run_dir / run_folder.EXPORT).is_dir():
         engine.export(run_dir, run_dir / run_folder.EXPORT)
-    grpo.done("", summary)
 
 
 def _gpu_memory(keys: dict[str, Any], machine: Any) -> float:

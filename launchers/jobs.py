@@ -91,7 +91,7 @@ def show_all() -> None:
     """A line for each submitted run."""
     entries = registry.entries()
     if not entries:
-        print("no run has been submitted from here (python launchers/run.py recipe=NAME executor=slurm ... submits one)")
+        print("no run has been submitted from here (launchers/run.py with executor=slurm or executor=k8s does that)")
     width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
         print(f"{entry.name:<{width}}  {entry.executor:<6}  {entry.folder}")

@@ -41,9 +41,11 @@ def tower(keys: dict[str, Any], architecture, sense: Sense | None) -> Tower | No
     )  # fmt: skip
 
 
-def request(keys: dict[str, Any], machine, trainable: float, nf4: bool, tower: Tower | None = None) -> Request:
-    """What is asked of the planner. `trainable`: the share of the decoder's parameters with gradients. Raises UserError where
-    nothing says how much memory a device has."""
+def request(
+    keys: dict[str, Any], machine, trainable: float, nf4: bool, tower: Tower | None = None, statistics: float = 0.0
+) -> Request:
+    """What is asked of the planner. `trainable`: the share of the decoder's parameters with gradients; `statistics`: bytes that
+    an adapter keeps of each of its own. Raises UserError where nothing says how much memory a device has."""
     if keys["gpu_memory"]:
         memory = keys["gpu_memory"] * GIB
     elif keys["device"] == "cpu":
@@ -55,8 +57,9 @@ def request(keys: dict[str, Any], machine, trainable: float, nf4: bool, tower: T
     names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device double_quant"
     wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}}
     return Request(
-        **wanted, gpu_memory=memory, trainable=trainable, sequence_parallel=keys["sp"], cross_entropy="te", tower=tower
-    )
+        **wanted, gpu_memory=memory, trainable=trainable, statistics=statistics, sequence_parallel=keys["sp"], cross_entropy="te",
+        tower=tower,
+    )  # fmt: skip
 
 
 def keys_of(planned: Plan) -> dict[str, Any]:

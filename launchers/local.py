@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,11 +56,11 @@ def _start(run_dir: Path, log: Path, stop: _Stop, processes: int, threads: int, 
         earlier.unlink()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
                    LAUNCHER: str(os.getpid())}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-               "-m", "launchers.worker", str(run_dir)]  # fmt: skip
+    began = time.time()
     with open(log, "w") as output:
         run_folder.write_status(run_dir, "starting", 0, max_steps)
         streams = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun(run_dir, processes)]
         stop.process = subprocess.Popen(command, **streams, env=environment, cwd=ROOT, start_new_session=True,
                                         preexec_fn=die_with_parent)  # fmt: skip
         stop.pass_on()
@@ -74,7 +75,12 @@ def _start(run_dir: Path, log: Path, stop: _Stop, processes: int, threads: int, 
         return None
     if stop.received:  # before the first step there is nothing to save
         return stop.received
-    _raise_cause(run_dir, status, log)
+    _raise_cause(run_dir, status, log, began)
+
+
+def torchrun(run_dir: Path, processes: int) -> list[str]:
+    """torchrun's arguments: a worker on each of `processes` devices of this machine, which meet at a free port."""
+    return ["--standalone", f"--nproc-per-node={processes}", "-m", "launchers.worker", str(run_dir)]
 
 
 def comes_again(run_dir: Path) -> bool:
@@ -140,14 +146,15 @@ def _forwarding() -> Iterator[_Stop]:
         stop.kill()
 
 
-def _raise_cause(run_dir: Path, status: dict, log: Path) -> None:
-    """Raise the one error that says why the run failed: a rank that died suddenly, what a rank said, or what torchrun saw."""
+def _raise_cause(run_dir: Path, status: dict, log: Path, began: float) -> None:
+    """Raise the one error that says why the start of `began` (seconds since the epoch) failed: a rank that died suddenly, what a
+    rank said, or what torchrun saw."""
     where = f"logs are in {log.parent}"
     reports = _reports(log)
     for rank, code in [] if status.get("hung") else reports:  # torchrun kills a frozen rank after the others have said so
         if -code in SUDDEN:
-            memory = "; out of memory?" if code == -signal.SIGKILL else ""
-            cause = f"rank {rank} was killed ({signal.Signals(-code).name}{memory})"
+            why = f"; {_why_killed(log.parent / f'rank{rank}.stacks', began)}" if code == -signal.SIGKILL else ""
+            cause = f"rank {rank} was killed ({signal.Signals(-code).name}{why})"
             raise RunError(f"{cause}; the same command continues from the newest checkpoint; {where}")
     if status.get("phase") == "failed" and status.get("message"):
         if status.get("exit_code") == UserError.exit_code:
@@ -161,6 +168,15 @@ def _raise_cause(run_dir: Path, status: dict, log: Path) -> None:
     else:
         cause = "the run's processes failed"
     raise RunError(f"{cause}; {where}, the same command continues from the newest checkpoint")
+
+
+def _why_killed(stacks: Path, began: float) -> str:
+    """Why the kernel or a rank's monitor (nemo_ext/callbacks/rank_monitor.py) may have killed a rank."""
+    with suppress(FileNotFoundError):
+        found = stacks.stat()
+        if found.st_size and found.st_mtime >= began:  # it could write them, and nothing else
+            return f"it stood still: {stacks} has its stacks"
+    return "out of memory?"
 
 
 def _reports(log: Path) -> list[tuple[int, int]]:

@@ -67,6 +67,7 @@ class Request:
     grad_bytes: int = 4  # per element of the main gradient buffer
     optimizer_bytes: int | None = None  # per trainable parameter; None: 12 (fp32 master and two moments), 8 for fp32 weights
     trainable: float = 1.0  # fraction of the parameters that have gradients and optimizer states (adapters: far below 1)
+    statistics: float = 0.0  # bytes that an adapter keeps of each of its parameters beside that, on every data parallel rank
     nf4: bool = False  # the frozen weights of the layers' linears are in 4 bits (`nemo_ext.adapters.nf4`)
     double_quant: bool = True  # and the magnitudes of their blocks in 8
     fp8_params: bool = False  # the parameters themselves are FP8 (`fp8_param_gather`): no bf16 copy beside the FP8 ones
@@ -298,6 +299,10 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     experts = expert_parameters(architecture, layout)  # there are ep times fewer copies to shard their states over
     shares = (parameters - experts) / shards + experts / max(1, shards // layout.ep)
     optimizer = state_bytes * shares * request.trainable
+    states = state_bytes * parameters * request.trainable  # of all shards
+    if request.statistics:
+        optimizer += request.statistics * adapter
+        states += request.statistics * adapter
 
     tokens = request.seq * layout.micro_batch / layout.cp
     kept = saved_per_token(architecture, request, layout, layout.recompute)
@@ -314,6 +319,7 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
         weights += e * tower.parameters
         gradients += request.grad_bytes * tower.trained
         optimizer += state_bytes * tower.trained / shards
+        states += state_bytes * tower.trained
         kept, at_work = tower_memory(architecture, request, layout)
         saved += kept
         working = max(working, at_work)
@@ -325,8 +331,9 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     # A layer's backward pass comes after the logits are gone: only the larger of the two counts.
     activations = saved + max(0.0, working - logits)
     if request.device == "cpu":
-        # A checkpoint is gathered and copied before it is written, when the activations are gone.
-        saving = max(0.0, 2 * ((e * adapter or weights) + optimizer) - activations - logits)
+        # A checkpoint is gathered and copied before it is written, when the activations are gone: the shards of all data parallel
+        # ranks on the first of them (Megatron's get_parameter_state_dp_zero).
+        saving = max(0.0, 2 * ((e * adapter or weights) + states) - activations - logits)
         other = IMPORTED_PROCESS + saving + HEAP * (weights + gradients + optimizer + activations + logits)
     else:
         other = CUDA_CONTEXT + FRAGMENTATION * (activations + logits)

@@ -162,7 +162,7 @@ def _problem(
         stage = f"the {a.num_layers // pp} layers of a stage (num_layers={a.num_layers}, pp={pp})"
         return "layout", f"vp={vp} does not divide {stage}"
     if sequence_parallel and tp == 1:
-        return "layout", "sequence_parallel=true needs tp above 1"
+        return "layout", "sp=true needs tp above 1"
     if world % (tp * pp * cp):
         return "layout", f"tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp} does not divide nodes={r.nodes} x gpus={r.gpus} = {world}"
     if ep > 1 and a.num_moe_experts is None:
@@ -174,7 +174,7 @@ def _problem(
     if cp > 1 and r.seq % (2 * cp):
         return "seq", f"seq={r.seq} is not a multiple of 2 x cp = {2 * cp}"
     if sequence_parallel and r.seq // cp % tp:
-        return "seq", f"seq={r.seq} / cp={cp} is not a multiple of tp={tp}, as sequence_parallel needs"
+        return "seq", f"seq={r.seq} / cp={cp} is not a multiple of tp={tp}, as sp=true needs"
     if r.precision == "fp8":
         columns = {"hidden_size": a.hidden_size, "ffn_hidden_size": a.ffn_hidden_size, "heads x head size": a.attention_width}
         for name, size in columns.items():
@@ -366,7 +366,7 @@ def _describe(r: Request, layout: Layout) -> str:
     if r.micro_batch is not None and r.micro_batch != layout.micro_batch:
         words.append(f"micro_batch={layout.micro_batch}")
     if r.sequence_parallel not in (None, layout.sequence_parallel):
-        words.append(f"sequence_parallel={str(layout.sequence_parallel).lower()}")
+        words.append(f"sp={str(layout.sequence_parallel).lower()}")
     if layout.recompute != "none" or r.recompute not in ("auto", layout.recompute):
         words.append(f"recompute={layout.recompute}")
     return " ".join(words)

@@ -117,12 +117,13 @@ def describe(
     checkpoint: Checkpoint | None,
     template: str | None = None,
     adapter: dict[str, Any] | None = None,
-    kind: str = "lora",
+    kind: str | None = None,
+    nf4: bool = False,
 ) -> None:
     """Put into a run's folder which model its checkpoints are of, so that they convert and start other runs on their own.
 
     `template` is the chat template that the run trains with; `adapter` are the keys of a run that trains an adapter of the model,
-    and `kind` is its method's.
+    and `kind` is its method's, None where only a tower has one; `nf4`: the base is in 4 bits.
     """
     from conversion.atomic import new_folder
 
@@ -139,8 +140,8 @@ def describe(
             from conversion.lora import nemo as lora
 
             dtype = "float32" if adapter["precision"] == "fp32" else "float16" if adapter["precision"] == "fp16" else "bfloat16"
-            prefix = _prefix(checkpoint, architecture)
-            settings = lora.describe(architecture, adapter, adapter_base(checkpoint), dtype, prefix, kind)
+            prefix, eyes = _prefix(checkpoint, architecture, begun), begun.senses
+            settings = lora.describe(architecture, adapter, adapter_base(checkpoint), dtype, prefix, kind, eyes, nf4)
             run_folder.write_json(partial / lora.SETTINGS, settings)
 
 
@@ -151,10 +152,13 @@ def adapter_base(checkpoint: Checkpoint) -> str:
     return name if named else str(as_hf(checkpoint).absolute())
 
 
-def _prefix(checkpoint: Checkpoint, architecture: Architecture) -> str:
+def _prefix(checkpoint: Checkpoint, architecture: Architecture, begun: nemo_folder.NemoCheckpoint) -> str:
     """What stands for "model." in transformers' names of an adapter's base: a model with a vision part has the text beside it."""
     from conversion import families, safetensors_io
+    from nemo_ext.multimodal.description import AUDIO
 
+    if begun.senses:
+        return "language_model.model." if begun.senses[0].modality == AUDIO else "model.language_model."
     if checkpoint.kind == "nemo":
         return "model."
     stored = families.base_prefix(families.FAMILIES[architecture.family], safetensors_io.open_folder(as_hf(checkpoint)))
@@ -178,6 +182,14 @@ def check_tokenizer(folder: Path, architecture: Architecture) -> None:
             "tokens: give the model's own tokenizer"
         )
     tokenizer.eod  # noqa: B018  (refused here, not after minutes of other preparation)
+
+
+def sources(method, keys: dict[str, Any]) -> list:
+    """What `data=` names, for a recipe of this method. Raises UserError where there is nothing, or nothing of its kind."""
+    from nemo_ext.data import sources as reading
+
+    kinds = reading.MEDIA if method.modality else reading.RECORDS if method.conversations else reading.DOCUMENTS
+    return reading.parse(keys["data"], kinds)
 
 
 def corpus(keys: dict[str, Any], tokenizer: Path):

@@ -110,7 +110,8 @@ def what_it_learns(record: dict[str, Any]) -> list[str]:
     """The loss, or where a run learns from rewards, reward and length of its answers."""
     if "reward" not in record:
         return [f"loss {figure(record.get('loss'), '.4f')}"]
-    return [f"reward {figure(record['reward'], '.3f')}", f"{figure(record.get('length'), '.1f')} tokens an answer"]
+    failed = [f"{count:,} failures of rewards"] if (count := record.get("reward_failures")) else []
+    return [f"reward {figure(record['reward'], '.3f')}", f"{figure(record.get('length'), '.1f')} tokens an answer", *failed]
 
 
 def figure(value: float | None, pattern: str) -> str:

@@ -26,19 +26,12 @@ if __name__ == "__main__":
 import recipes
 from launchers import allocation, executors, folder, grammar, inputs, layout, senses
 from launchers.memory import element_bytes
-from launchers.worker import JOB, LOCK_PATIENCE
 from nemo_ext.command_line import ending
 from nemo_ext.errors import RunError, UserError, explain
 from recipes.grpo import GrpoKeys
-from recipes.keys import bytes_per_parameter, fields
+from recipes.keys import bytes_per_parameter
 
 GIB = 2**30
-# A run's folder may be continued with other values of these: they change where and how fast, not what is learnt.
-FREE_TO_CHANGE = set(
-    "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
-    "val_every tensorboard wandb out export preview answers scored "
-    "restarts hang_timeout on_nan on_spike spike_factor spike_window straggler_factor".split()
-)
 
 
 def main(arguments: list[str]) -> int:
@@ -86,7 +79,7 @@ def start(command: grammar.Command) -> int:
     from nemo_ext.platform import hardware
 
     if command.dryrun:
-        raise UserError("dryrun=true is for executor=slurm and engine=nemo_rl; plan=true shows what would run")
+        raise UserError("dryrun=true is for executor=slurm, executor=k8s and engine=nemo_rl; plan=true shows what would run")
     method, family = recipes.split(command.recipe)
     machine = hardware.detect()
     if not machine.cuda and "device" not in command.keys:
@@ -100,13 +93,10 @@ def start(command: grammar.Command) -> int:
     _check_machine(keys, machine, command.executor)
     keys = inputs.absolute(keys, inputs.PATHS)
     run_dir = Path(keys["out"])
-    with folder.owned(run_dir, LOCK_PATIENCE if allocation.phase(command) else 0):
-        check_same_run(run_dir, command, {k: v for k, v in keys.items() if v is not None})
-        if (summary := folder.complete(run_dir)) is not None:
-            _export(run_dir, keys, recipes.adapter(method, keys))
-            _done(f"{run_dir} is complete at step {summary['steps']}", summary)
-            return allocation.complete(command)
-        return _run(command, keys, machine, run_dir)
+    return allocation.hold(
+        command, run_dir, keys, export=lambda: _export(run_dir, keys, recipes.saves_part(method, keys)),
+        run=lambda: _run(command, keys, machine, run_dir),
+    )  # fmt: skip
 
 
 def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path) -> int:
@@ -147,8 +137,9 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Pat
     from launchers import plan, prepare
 
     method, family = recipes.split(command.recipe)
+    prepare.sources(method, keys)  # what is not there is said before anything is made
     checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
-    if recipes.adapter(method, keys) and keys["export"] == "hf" and checkpoint.kind == "nemo":
+    if recipes.saves_part(method, keys) and keys["export"] == "hf" and checkpoint.kind == "nemo":
         raise UserError(f"export=hf merges the adapter into a Hugging Face model, and model={keys['model']} is none: export=lora")
     request = senses.request(method, keys, machine, checkpoint, architecture)
     trained = layout.trained(method, keys, architecture) + (request.tower.trained if request.tower else 0)
@@ -167,20 +158,18 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Pat
     rows = keys["epochs"] * prepare.rows_per_epoch(text, keys)
     keys["steps"] = keys["steps"] or max(1, int(rows // keys["global_batch"]))
     keys = recipes.finish(keys)
-    check_same_run(run_dir, command, keys)
+    folder.check_same_run(run_dir, command, keys)
     return _Ready(command, keys, run_dir, checkpoint, architecture, planned, trained, tokenizer, text, media)
 
 
 def _hand_over(ready: _Ready) -> bool:
     """Write down what the workers need; False where all steps are made: the run was killed before its summary."""
     from launchers import prepare
-    from nemo_ext import run_folder
 
     command, keys, run_dir = ready.command, ready.keys, ready.run_dir
     method, _ = recipes.split(command.recipe)
     found = folder.usable_checkpoint(run_dir)
-    started_at = found[0] if found else 0
-    if started_at >= keys["steps"]:
+    if found and found[0] >= keys["steps"]:
         return False
     partial = recipes.saves_part(method, keys)
     size = ready.trained * bytes_per_parameter(keys)
@@ -190,19 +179,13 @@ def _hand_over(ready: _Ready) -> bool:
     weights = prepare.weights(ready.checkpoint) if ready.checkpoint and (partial or not found) else None
     adapter = keys if partial else None
     template = getattr(ready.text, "template", None)
-    prepare.describe(
-        run_dir, ready.architecture, ready.tokenizer, ready.checkpoint, template, adapter, recipes.adapter(method, keys) or "lora"
-    )
-    grammar.save(run_dir / run_folder.CONFIG, command.recipe, keys, command.overrides)
-    run_folder.write_json(run_dir / run_folder.PLAN, ready.planned.to_dict())
+    kind = recipes.adapter(method, keys)
+    prepare.describe(run_dir, ready.architecture, ready.tokenizer, ready.checkpoint, template, adapter, kind, nf4=method.nf4)
     job = {
-        "recipe": command.recipe, "keys": keys, "overrides": command.overrides, "architecture": ready.architecture.to_dict(),
-        "tokenizer": str(ready.tokenizer), "blend": ready.text.blend(), "weights": str(weights) if weights else None,
-        "checkpoint": str(found[1]) if found else None, "resumed_from_step": started_at, "senses": ready.senses,
+        "architecture": ready.architecture.to_dict(), "tokenizer": str(ready.tokenizer), "blend": ready.text.blend(),
+        "weights": str(weights) if weights else None, "senses": ready.senses,
     }  # fmt: skip
-    run_folder.write_json(run_dir / JOB, job)
-    if found:
-        print(f"continuing {run_dir} from step {started_at}")
+    folder.hand_over(run_dir, command, keys, ready.planned.to_dict(), found, job)
     return True
 
 
@@ -217,7 +200,7 @@ def _finish(ready: _Ready) -> None:
         summary = report.write(run_dir, _facts(ready))
     except OSError as error:
         raise RunError(f"the run is complete, its summary is not: {explain(error, run_dir)}") from error
-    _export(run_dir, keys, recipes.adapter(method, keys))
+    _export(run_dir, keys, recipes.saves_part(method, keys))
     if method.conversations and keys["answers"] and (run_dir / run_folder.EXPORT).is_dir():
         from launchers import answers
 
@@ -227,10 +210,10 @@ def _finish(ready: _Ready) -> None:
         else:
             found = {"answers": answers.side_by_side(ready.text, before, run_dir / run_folder.EXPORT, keys["answers"])}
         summary = report.write(run_dir, {**_facts(ready), **found})
-    _done("", summary)
+    allocation.show(summary)
 
 
-def _export(run_dir: Path, keys: dict[str, Any], adapter: str | None) -> None:
+def _export(run_dir: Path, keys: dict[str, Any], adapter: bool) -> None:
     """Convert the last checkpoint where `export=` asks for it, and compare what both models compute.
 
     An adapter becomes PEFT's and, for a Hugging Face folder, is merged into its base.
@@ -256,12 +239,6 @@ def _export(run_dir: Path, keys: dict[str, Any], adapter: str | None) -> None:
                 shutil.copytree(run_dir / run_folder.MODEL / nemo_folder.TOKENIZER, target, dirs_exist_ok=True)
     except (UserError, RunError) as error:
         raise RunError(f"the run is complete, its export is not: {error}") from error
-
-
-def _done(headline: str, summary: dict[str, Any]) -> None:
-    from nemo_ext import report
-
-    print("\n".join(filter(None, [headline, *report.terminal_lines(summary)])))
 
 
 def _check_machine(keys: dict[str, Any], machine, executor: str) -> None:
@@ -300,26 +277,14 @@ def _check_overrides(command: grammar.Command, keys: dict[str, Any], architectur
     recipes.load(command.recipe, shape=architecture, overrides=command.overrides, **keys)
 
 
-def check_same_run(run_dir: Path, command: grammar.Command, keys: dict[str, Any]) -> None:
-    """Refuse another run's folder. Raises UserError."""
-    defaults = {name: field.default for name, field in fields().items()}
-    folder.check_same_run(run_dir, command.recipe, keys, command.overrides, free=FREE_TO_CHANGE, defaults=defaults)
-
-
 def _facts(ready: _Ready) -> dict[str, Any]:
-    from nemo_ext import run_folder
-
-    run_dir, planned = ready.run_dir, ready.planned
-    newest = folder.newest_checkpoint(run_dir)
+    planned = ready.planned
     return {
-        "recipe": ready.command.recipe,
+        **folder.facts(ready.run_dir, ready.command),
         "parameters": planned.parameters,
         "layout": dataclasses.asdict(planned.layout),
-        "resumed_from_step": (run_folder.read_json(run_dir / JOB) or {}).get("resumed_from_step", 0),
         "train_tokens": ready.text.train_tokens,
         "heldout_tokens": ready.text.heldout_tokens,
-        "checkpoint": str(newest[1]) if newest else None,
-        "peak_memory": peak / GIB if (peak := run_folder.peak_memory(run_dir)) else None,
         "planned_memory": (planned.memory.total if ready.keys["device"] == "cpu" else planned.memory.allocated) / GIB,
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 import recipes
 from launchers import prepare
 from launchers.prepare import Checkpoint
+from nemo_ext import adapters
 from nemo_ext.errors import UserError
 from nemo_ext.multimodal import towers
 from nemo_ext.multimodal.description import Sense, Tiling
@@ -21,9 +22,11 @@ def request(method, keys: dict[str, Any], machine, checkpoint: Checkpoint | None
     """What a training run asks of the planner (`layout.request`), with the tower where the recipe has one. Raises UserError."""
     from launchers import layout
 
-    share = layout.trained(method, keys, architecture) / architecture.num_parameters()
+    trained = layout.trained(method, keys, architecture)
+    statistics = adapters.statistics(architecture, recipes.adapter(method, keys), keys) / max(1, trained)
     sense = planned(keys, checkpoint, method.modality) if method.modality else None
-    return layout.request(keys, machine, share, method.nf4, layout.tower(keys, architecture, sense))
+    tower = layout.tower(keys, architecture, sense)
+    return layout.request(keys, machine, trained / architecture.num_parameters(), method.nf4, tower, statistics)
 
 
 def planned(keys: dict[str, Any], checkpoint: Checkpoint | None, modality: str) -> Sense:

@@ -44,11 +44,7 @@ class Submission:
 
     def check_folder(self) -> dict[str, Any] | None:
         """Refuse another run's folder (UserError); the summary of a run that is complete already."""
-        if self.engine == TRAIN:
-            from launchers.run import check_same_run
-        else:
-            from launchers.grpo import check_same_run
-        check_same_run(self.run_dir, self.command, {k: v for k, v in self.keys.items() if v is not None})
+        folder.check_same_run(self.run_dir, self.command, {k: v for k, v in self.keys.items() if v is not None})
         return folder.complete(self.run_dir)
 
     def paths(self) -> list[Path]:

@@ -111,7 +111,8 @@ def train(job: dict, run_dir: Path) -> None:
     if torch.cuda.is_available() and job["keys"]["gpu_memory"]:
         _hold_to(job["keys"]["gpu_memory"] * GIB)
     shape = Architecture(**job["architecture"])
-    recipe = recipes.load(job["recipe"], shape=shape, overrides=job["overrides"], senses=job.get("senses"), **job["keys"])
+    with platform.uncollected():  # it imports the rest of NeMo
+        recipe = recipes.load(job["recipe"], shape=shape, overrides=job["overrides"], senses=job.get("senses"), **job["keys"])
     recipes.bind(recipe, run_dir=str(run_dir), tokenizer=job["tokenizer"], blend=job["blend"], weights=job["weights"],
                  checkpoint=job["checkpoint"])  # fmt: skip
     with _left_on_device():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ HELP = ("--help", "-h", "help")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "Any": object}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 NO_DEFAULT = dataclasses.MISSING
+WITHIN = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
 OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9]+)+)$")  # 0123 and 1:30:00: numbers to YAML 1.1, to base 8 and 60
 
 
@@ -47,12 +49,17 @@ def key(
     auto: str = "",
     group: str = "",
     only: tuple = (),
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """A field of a schema. `path`: the recipe's field that the key sets. `auto`: what None stands for, in words. `only`: the
-    methods that have the key, where not all do."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, unit=unit, path=path, choices=choices, auto=auto, group=group, only=only)
-    )
+    methods that have the key, where not all do. A number is `above` one limit or `least` it, and `below` another or at `most` it.
+    """
+    limits = {name: limit for name, limit in dict(above=above, least=least, below=below, most=most).items() if limit is not None}
+    described = dict(help=help, unit=unit, path=path, choices=choices, auto=auto, group=group, only=only, limits=limits)
+    return dataclasses.field(default=default, metadata=described)
 
 
 def keys_of(schema: type) -> dict[str, dataclasses.Field]:
@@ -128,6 +135,18 @@ def check_choice(name: str, value: Any, field: dataclasses.Field) -> None:
         raise UserError(f"{name}={value} is none of {', '.join(choices)}")
 
 
+def check_value(name: str, value: Any, field: dataclasses.Field) -> None:
+    """Raises UserError if the value is none of the field's choices, or beyond its limits."""
+    check_choice(name, value, field)
+    limits = field.metadata["limits"]
+    if value is None or all(WITHIN[kind](value, limit) for kind, limit in limits.items()):
+        return
+    if limits == {"least": 0}:
+        raise UserError(f"{name}={value} must not be negative")
+    words = dict(above="above", least="at least", below="below", most="at most")
+    raise UserError(f"{name}={value} must be {' and '.join(f'{words[kind]} {limit:g}' for kind, limit in limits.items())}")
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`, did you mean lr?`, or where the keys are listed if none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
@@ -170,7 +189,7 @@ def fill(schema: type, given: dict[str, Any], where: str = "", example: str = ""
         if name not in known:
             raise UserError(f"unknown key {where}{name}{nearest(name, known)}")
         values[known[name].name] = typed(f"{where}{name}", value, known[name])
-        check_choice(f"{where}{name}", value, known[name])
+        check_value(f"{where}{name}", value, known[name])
     for name, field in known.items():
         if field.default is NO_DEFAULT and values.get(field.name) is None:
             raise UserError(f"{where}{name}= is missing{f' (for example: {example})' if example else ''}; --help shows the keys")
@@ -258,7 +277,7 @@ def _value(name: str, text: str) -> Any:
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat.update(_flat(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value

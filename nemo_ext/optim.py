@@ -16,6 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from nemo_ext.schedule import schedule_factor
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+B = re.compile(r"linear_out\.weight$")  # of an adapter B A
+TOWER = re.compile(r"senses\.\w+\.encoder\.")
+PROJECTOR = re.compile(r"senses\.\w+\.(?!encoder\.)")  # and the embedding of newlines between tiles
 
 
 class WarmupSchedule(LRSchedulerModule):
@@ -62,20 +65,25 @@ class MegatronAdam(MegatronOptimizerModule):
     (Howard & Ruder 2018, arXiv:1801.06146, section 3.2; Clark et al. 2020, arXiv:2003.10555.) Tied output embeddings follow the
     input embedding. `layer_decay=1` is plain Adam. Groups are the same on every rank, so that checkpoints reshard.
 
-    `lora_plus` multiplies the learning rate of adapters' B (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    `lora_plus` multiplies the learning rate of adapters' B (LoRA+, Hayou et al. 2024, arXiv:2402.12354). `tower_lr` and
+    `projector_lr` are the peak learning rates of encoders of images and sounds and of their projectors; None is `lr`.
     """
 
-    def __init__(self, config, lr_scheduler=None, layer_decay: float = 1.0, lora_plus: float = 1.0):
+    def __init__(self, config, lr_scheduler=None, layer_decay: float = 1.0, lora_plus: float = 1.0,
+                 tower_lr: float | None = None, projector_lr: float | None = None):  # fmt: skip
         super().__init__(config, lr_scheduler=lr_scheduler)
-        self.layer_decay, self.lora_plus = layer_decay, lora_plus
+        self.layer_decay, self.lora_plus, self.tower_lr, self.projector_lr = layer_decay, lora_plus, tower_lr, projector_lr
 
     def optimizers(self, model):
         upstream = megatron_optimizer._get_param_groups
+        lr = self.config.lr
+        rates = {B: self.lora_plus, TOWER: (self.tower_lr or lr) / lr, PROJECTOR: (self.projector_lr or lr) / lr}
 
         def layerwise_groups(model_chunks, *args, **kwargs):
             groups = upstream(model_chunks, *args, **kwargs)
-            if self.lora_plus != 1.0:
-                groups = split_adapters(groups, _of_adapters_b(model_chunks), self.lora_plus)
+            for names, ratio in rates.items():
+                if ratio != 1.0:
+                    groups = split_off(groups, _named(model_chunks, names), ratio)
             return groups if self.layer_decay == 1.0 else split_by_depth(groups, *_depths(model_chunks), self.layer_decay)
 
         with mock.patch.object(megatron_optimizer, "_get_param_groups", layerwise_groups):
@@ -124,15 +132,15 @@ def split_by_depth(groups: list[dict], depths: dict[int, int], deepest: int, lay
     ]
 
 
-def _of_adapters_b(model_chunks) -> set[int]:
-    """The ids of the parameters that are adapters' B."""
-    return {id(p) for chunk in model_chunks for name, p in chunk.named_parameters() if name.endswith("linear_out.weight")}
+def _named(model_chunks, names: re.Pattern) -> set[int]:
+    """The ids of the parameters in whose names the pattern is found."""
+    return {id(p) for chunk in model_chunks for name, p in chunk.named_parameters() if names.search(name)}
 
 
-def split_adapters(groups: list[dict], b: set[int], ratio: float) -> list[dict]:
-    """Each Megatron parameter group as two: without the parameters `b`, and those with `ratio` times the learning rate."""
+def split_off(groups: list[dict], chosen: set[int], ratio: float) -> list[dict]:
+    """Each Megatron parameter group as two: without the parameters `chosen`, and those with `ratio` times the learning rate."""
     return [
-        {**group, "params": [p for p in group["params"] if (id(p) in b) == chosen], "lr_mult": group["lr_mult"] * factor}
+        {**group, "params": [p for p in group["params"] if (id(p) in chosen) == apart], "lr_mult": group["lr_mult"] * factor}
         for group in groups
-        for chosen, factor in ((False, 1.0), (True, ratio))
+        for apart, factor in ((False, 1.0), (True, ratio))
     ]

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ext import faults, rank_report, run_folder
+from nemo_ext import attribution, faults, rank_report, run_folder
 from nemo_ext.disk import write_atomic
 
 WARM_UP_STEPS = 2  # the first steps of a run (allocation, compilation, cold caches) say nothing about its speed
 
+SHOWN = 96  # pixels' height of an image among the answers
 SMOOTHED = 50  # points from which a curve gets a running mean
 COLOUR = "#3b6ea8"
 
@@ -33,6 +34,7 @@ REWARD_PLOTS = {  # of a run that learns from rewards
     "kl": "KL divergence to the first policy (nats per token, k3)",
     "entropy": "entropy of the policy (nats per token)",
     "equal_groups": "share of groups with equal rewards",
+    "tool_calls": "calls of tools by an answer",
     **{name: PLOTS[name] for name in ("lr", "grad_norm")},
     "loss": "policy loss",
     "step_time": "time of a step (s)",
@@ -110,6 +112,8 @@ def _of_rewards(steps: Sequence[dict], validations: Sequence[dict]) -> dict[str,
         "train_reward_last": rewards[-1] if rewards else None,
         "equal_groups": statistics.fmean(shares) if (shares := _numbers(steps, "equal_groups")) else None,
         "reward_failures": int(sum(_numbers(steps, "reward_failures"))),
+        "tool_calls": statistics.fmean(calls) if (calls := _numbers(steps, "tool_calls")) else None,
+        "tool_failures": int(sum(_numbers(steps, "tool_failures"))),
         "seconds": {name: _median(_numbers(settled, f"{name}_time")) for name in ("step", "generation", "scoring", "training")},
     }
 
@@ -216,7 +220,8 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("training", f"loss {summary['train_loss_first']:.4f} -> {summary['train_loss_last']:.4f}"))
     if (exact := summary.get("exact")) is not None:
         sides = " -> ".join(_share(exact[name]) for name in ("before", "after") if name in exact)
-        rows.append(("exact", f"{sides} of {exact['count']:,} held-out answers word for word, intervals of 95%"))
+        commonest = f"always the commonest answer: {exact['commonest']:.1%}"
+        rows.append(("exact", f"{sides} of {exact['count']:,} held-out answers (Wilson's intervals of 95%); {commonest}"))
     took = "" if summary["wall_time"] is None else f" in {duration(summary['wall_time'])}"
     resumed = f", resumed from step {summary['resumed_from_step']}" if summary["resumed_from_step"] else ""
     rows.append(("steps", f"{summary['steps']:,} ({summary['tokens']:,} tokens){took}{resumed}"))
@@ -250,7 +255,11 @@ def _table(summary: dict[str, Any]) -> list[str]:
             ("held-out perplexity", "val_ppl_before", "val_ppl_after", ",.2f"),
             ("training loss (nats per token)", "train_loss_first", "train_loss_last", ".4f"),
         )
-    return [
+    rows = []
+    if (exact := summary.get("exact")) is not None:
+        sides = " | ".join(_share(exact[name]) if name in exact else "not measured" for name in ("before", "after"))
+        rows.append(f"| held-out answers that are right word for word | {sides} |")
+    return rows + [
         f"| {label} | {_shown(summary[first], pattern)} | {_shown(summary[last], pattern)} |"
         for label, first, last, pattern in names
     ]
@@ -266,10 +275,16 @@ def _reward_headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("held-out", f"reward {_shown(summary['val_reward_before'], '.3f')} -> {summary['val_reward_after']:.3f}"))
     if summary["train_reward_last"] is not None:
         equal = f", {summary['equal_groups']:.0%} of the groups with equal rewards" if summary["equal_groups"] is not None else ""
-        failed = f", {summary['reward_failures']:,} failures of rewards" if summary["reward_failures"] else ""
+        failed = (
+            f", {summary['reward_failures']:,} failures of rewards (logs/rank0.log has the first)"
+            if summary["reward_failures"]
+            else ""
+        )
         rows.append(
             ("training", f"reward {summary['train_reward_first']:.3f} -> {summary['train_reward_last']:.3f}{equal}{failed}")
         )
+    if summary["tool_calls"] is not None:
+        rows.append(("tools", f"{summary['tool_calls']:.2f} calls an answer, {summary['tool_failures']:,} failed"))
     if summary["seconds"]["step"] is not None:
         whole, *parts = [(name, each) for name, each in summary["seconds"].items() if each is not None]
         rows.append(("a step", f"{whole[1]:.2f} s: " + ", ".join(f"{name} {each:.2f}" for name, each in parts)))
@@ -302,9 +317,11 @@ def _markdown(run_dir: Path, summary: dict[str, Any], ranks: Sequence[str]) -> s
     for row in summary.get("answers") or []:
         lines += ["", "## Answers before and after", ""] if row is summary["answers"][0] else [""]
         if row.get("image"):
-            lines += [f"![]({row['image']})", ""]
+            lines += [f'<img src="{row["image"]}" height="{SHOWN}">', ""]
         lines += [f"**{_quoted(row['question'])}**", ""]
         lines += [f"- {name}: {_quoted(row[name])}" for name in ("before", "after", "reference") if row[name] is not None]
+    if profiled := run_folder.read_json(run_folder.rank_profile(run_dir, 0)):
+        lines += ["", f"## Where step {profiled['step']} went (rank 0)", "", *attribution.table(profiled["seconds"])]
     paths = summary["paths"]
     lines += ["", "## Where everything is", "", f"Folder `{paths['run']}`:", ""]
     if paths["checkpoint"]:

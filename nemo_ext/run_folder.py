@@ -93,6 +93,11 @@ def rank_memory(run_dir: str | os.PathLike, rank: int) -> Path:
     return Path(run_dir) / LOGS / f"rank{rank}.memory.json"
 
 
+def rank_profile(run_dir: str | os.PathLike, rank: int) -> Path:
+    """The file in which a rank leaves where a step's time went: {"step", "seconds": {class: seconds}, "longest": [...]}."""
+    return Path(run_dir) / LOGS / f"rank{rank}.profile.json"
+
+
 def peak_memory(run_dir: str | os.PathLike) -> int | None:
     """Most bytes that any rank of the run's last start held at once; None where none has said."""
     peaks = [held["peak"] for file in (Path(run_dir) / LOGS).glob("rank*.memory.json") if (held := read_json(file))]

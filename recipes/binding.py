@@ -14,10 +14,6 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 
 from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
-from nemo_ext.callbacks.guard import LossGuard
-from nemo_ext.callbacks.metrics import MetricsCallback
-from nemo_ext.callbacks.stragglers import Stragglers
-from nemo_ext.callbacks.watchdog import Watchdog
 from nemo_ext.data.module import CorpusDataModule
 from nemo_ext.run_folder import CHECKPOINTS, LOGS
 
@@ -35,7 +31,7 @@ def bind(
         recipe.data.index_cache_dir = str(folder / "index_cache")
     recipe.log.explicit_log_dir = str(folder / LOGS)
     for callback in recipe.trainer.callbacks:
-        if fdl.get_callable(callback) in (MetricsCallback, LossGuard, Stragglers, Watchdog):
+        if getattr(callback, "run_dir", None) == "":
             callback.run_dir = str(folder)
         elif fdl.get_callable(callback) is AtomicCheckpoint:
             callback.folder = str(folder / CHECKPOINTS)

@@ -24,6 +24,7 @@ from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
 from nemo_ext.callbacks.guard import LossGuard
 from nemo_ext.callbacks.metrics import MetricsCallback
+from nemo_ext.callbacks.profile import Profile
 from nemo_ext.callbacks.random_state import SeedEachStep
 from nemo_ext.callbacks.rank_allocation import RankAllocation
 from nemo_ext.callbacks.stop import StopOnSignal
@@ -36,6 +37,7 @@ from nemo_ext.data.multimodal.module import MultimodalDataModule
 from nemo_ext.errors import UserError
 from nemo_ext.modeling import model_config
 from nemo_ext.multimodal.description import Sense
+from nemo_ext.multimodal.flops import trained_flops
 from nemo_ext.multimodal.freezing import FULL, LORA, Trained, num_trained
 from nemo_ext.multimodal.training import with_senses
 from nemo_ext.optim import MegatronAdam, WarmupSchedule
@@ -113,7 +115,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         # raises on the rank that sees one; loss scaling, and a guard, want to see it after the sum over the ranks
         check_for_nan_in_grad=keys["on_nan"] == "stop" and keys["precision"] != "fp16",
     )
-    trained, what = None, {}
+    trained, what, inputs = None, {}, None
     saved, frozen = architecture.num_parameters(), 0
     if adapter:
         saved = trained = adapters.trained(architecture, adapter, keys)
@@ -125,6 +127,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         counts = num_trained(parts, architecture, senses, keys)
         trained = None if parts.language == FULL else counts["language"]
         saved = sum(counts.values())
+        inputs = {each.modality: trained_flops(each, architecture.hidden_size, parts, keys["rank"]) for each in senses}
         if parts.adapter:
             what = {"adapter": None, "seed": keys["seed"], **what, "tower": _tower_adapter(keys, parts)}
         else:  # checkpoints hold all weights, trained or not
@@ -151,11 +154,13 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
     callbacks = [
         *_balance(keys, architecture, adapter),
         run.Config(Watchdog, run_dir="", timeout=keys["hang_timeout"]),
+        *([run.Config(Profile, run_dir="", step=keys["profile"])] if keys["profile"] else []),
         run.Config(
             MetricsCallback,
             run_dir="",
             tokens_per_step=keys["global_batch"] * keys["seq"],
             flops_per_token=architecture.flops_per_token(keys["seq"], trained),
+            flops_per_input=inputs,
             num_devices=keys["nodes"] * keys["gpus"],
             max_steps=keys["steps"],
             tensorboard=keys["tensorboard"],
@@ -282,9 +287,8 @@ def _optimizer(keys: dict[str, Any]) -> run.Config:
         schedule=keys["schedule"],
         decay_fraction=keys["decay"],
     )
-    return run.Config(
-        MegatronAdam, config=config, lr_scheduler=scheduler, layer_decay=keys["layer_decay"], lora_plus=keys["lora_plus"]
-    )
+    ratios = {name: keys[name] for name in ("layer_decay", "lora_plus", "tower_lr", "projector_lr")}
+    return run.Config(MegatronAdam, config=config, lr_scheduler=scheduler, **ratios)
 
 
 def _recompute(keys: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 SLOWEST = (
     "test_slurm_real.py", "test_run_faults.py", "test_run.py", "test_layouts.py", "test_neva.py", "test_adapters.py",
     "test_dora.py", "test_run_chat.py", "test_run_adapter.py", "test_adalora_fourierft.py", "test_k8s_pods.py",
-    "test_run_grpo.py", "test_qlora.py", "test_mixture_of_experts.py", "test_faults.py",
+    "test_run_grpo.py", "test_qlora.py", "test_run_senses.py", "test_evaluate_adapters.py", "test_mixture_of_experts.py",
+    "test_faults.py",
 )  # fmt: skip
 
 

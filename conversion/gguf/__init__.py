@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int, int, str], None]
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def smollm2_gguf() -> Path:
@@ -69,17 +70,19 @@ class HFTensor:
         return self.table.to_hf(self.name, values.view(self.shape), self.model)
 
 
-def to_hf(file: Path, out_dir: Path, dtype: str = "float32", progress: Progress | None = None) -> Path:
+def to_hf(
+    file: Path, out_dir: Path, dtype: str = "float32", progress: Progress | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Path:
     """Convert a GGUF file to a Hugging Face folder and return that folder.
 
     `dtype` ("float32", "bfloat16" or "float16") is the stored one. The folder has config.json, generation_config.json,
-    model.safetensors and the tokenizer, and appears only when complete. `progress(done, total, "tensors")` is called as
-    tensors are written, of which one is in memory at a time. Raises UserError for a file that is not GGUF or truncated, for an
-    architecture or tokenizer without a table, a vocabulary without a model, a mixture of experts, and for tensors that do not
-    fit the metadata.
+    safetensors files of at most `max_shard_bytes` and the tokenizer, and appears only when complete; a conversion that was killed
+    goes on where it was. `progress(done, total, "B")` is called as tensors are written, of which one is in memory at a time.
+    Raises UserError for a file that is not GGUF or truncated, for an architecture or tokenizer without a table, a vocabulary
+    without a model, a mixture of experts, tensors that do not fit the metadata, and too small a disk.
     """
-    from conversion import safetensors_io
-    from conversion.atomic import new_folder
+    from conversion import shards
+    from conversion.atomic import fingerprint, resumable_folder
     from conversion.dtypes import cast, parse
     from conversion.gguf import tokenizer as gguf_tokenizer
 
@@ -89,18 +92,16 @@ def to_hf(file: Path, out_dir: Path, dtype: str = "float32", progress: Progress 
     config = _config(source, model, dtype)
     tensors = _hf_tensors(source, table, model)
 
-    def weights() -> Iterator[torch.Tensor]:
-        for done, (name, tensor) in enumerate(tensors.items(), 1):
-            yield cast(tensor.read(), target, name)
-            if progress:
-                progress(done, len(tensors), "tensors")
-
-    with new_folder(out_dir) as folder:
+    specs = {name: (target, tensor.shape) for name, tensor in tensors.items()}
+    layout = shards.lay_out(specs, max_shard_bytes)
+    with resumable_folder(out_dir, fingerprint([Path(file)], "gguf_to_hf", dtype, max_shard_bytes)) as unfinished:
+        folder = unfinished.path
+        shards.write(unfinished, layout, specs, lambda name: cast(tensors[name].read(), target, name), progress)
+        if len(layout) > 1:
+            shards.write_index(folder, layout, specs, None)
         gguf_tokenizer.write(source.metadata, folder)
         for content, name in ((config, "config.json"), (_generation_config(source, config), "generation_config.json")):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        specs = {name: (target, tensor.shape) for name, tensor in tensors.items()}
-        safetensors_io.write_file(folder / safetensors_io.SINGLE, specs, weights())
     return Path(out_dir)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files out: a Hugging Face folder becomes a file that llama.cpp runs, f32, f16, bf16, Q8_0 or Q4_0.
+"""GGUF files out: a Hugging Face folder becomes a file that llama.cpp runs, f32, f16, bf16, Q8_0, Q4_0 or Q4_K.
 
 The `gguf` package writes the format and quantizes; tensors are read, stored and, from the finished file, read back and compared
 one at a time. As in llama.cpp's own converter vectors stay f32, and a matrix whose rows the blocks of 32 do not divide f16.
@@ -6,8 +6,6 @@ one at a time. As in llama.cpp's own converter vectors stay f32, and a matrix wh
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import math
 import os
@@ -21,6 +19,7 @@ import torch
 from gguf import (
     GGML_QUANT_SIZES,
     GGML_QUANT_VERSION,
+    GGUF_DEFAULT_ALIGNMENT,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
@@ -30,26 +29,31 @@ from gguf import (
 )
 
 from conversion import families, hf_to_nemo, safetensors_io
+from conversion.atomic import fingerprint, resumable_file
 from conversion.gguf import file as gguf_file
+from conversion.gguf import q4_k
 from conversion.gguf import vocabulary as gguf_vocabulary
 from conversion.gguf.architectures import rope_tensors, write_metadata
 from conversion.multimodal import senses_of
 from nemo_ext.architecture import Architecture
-from nemo_ext.disk import sync
-from nemo_ext.errors import RunError, UserError, free_bytes, is_full
+from nemo_ext.errors import RunError, UserError
 
 Progress = Callable[[int, int, str], None]
 
-F32, F16, BF16, Q8_0, Q4_0 = (getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0"))
+F32, F16, BF16, Q8_0, Q4_0, Q4_K = (
+    getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K")
+)
 KINDS = {
     "f32": (F32, LlamaFileType.ALL_F32),
     "f16": (F16, LlamaFileType.MOSTLY_F16),
     "bf16": (BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_k": (Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
 }
 # The largest code of a block's scale, and by how many steps a value may be off: Q4_0's codes go from -8, which the largest value
-# gets, to 7, so that its negative is a whole step off.
+# gets, to 7, so that its negative is a whole step off. Q4_K's scales are fitted, and rounded to six bits of the largest in a
+# super-block: a step of that one's block.
 _BLOCKS = {Q8_0: (127, 0.5), Q4_0: (8, 1.0)}
 _CASTS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
@@ -87,11 +91,11 @@ class _Tensor:
 def from_hf(hf_dir: Path, file: Path, kind: str = "f16", progress: Progress | None = None, name: str | None = None) -> Written:
     """Write the Hugging Face model in `hf_dir` as the GGUF file `file`.
 
-    `kind` is that of the matrices: "f32", "f16", "bf16", "q8_0" or "q4_0". `progress(done, total, "tensors")` counts every tensor
-    twice, when it is stored and when it is read back. `name` becomes general.name; by default it is guessed from the model card
-    and the folder. The file appears only when it is complete and equals its source: exactly after a cast, within half a step of
-    each block for Q8_0, within a step for Q4_0. Raises UserError for a family or tokenizer that llama.cpp does not have, tensors
-    that do not fit config.json or `kind`, a `file` that is there, no space.
+    `kind`, one of `KINDS`, is that of the matrices. `progress(done, total, "tensors")` counts every tensor twice, when it is
+    stored and when it is read back. `name` becomes general.name; by default it is guessed from the model card and the folder. The
+    file appears only when it is complete and equals its source: exactly after a cast, within half a step of each block for Q8_0,
+    within a step for Q4_0 and Q4_K; writing that was killed goes on where it was. Raises UserError for a family or tokenizer that
+    llama.cpp does not have, tensors that do not fit config.json or `kind`, a `file` that is there, no space.
     """
     hf_dir, file = Path(hf_dir), Path(file)
     model, plan = _plan(hf_dir, kind)
@@ -103,8 +107,15 @@ def from_hf(hf_dir: Path, file: Path, kind: str = "f16", progress: Progress | No
         if progress:
             progress(done, total, "tensors")
 
-    with _new_file(file, sum(tensor.nbytes for tensor in plan.values())) as partial:
-        _write(partial, card, metadata, plan, report)
+    sources = sorted(path for path in hf_dir.iterdir() if path.is_file())
+    with resumable_file(file, fingerprint(sources, "hf_to_gguf", kind, name, GGML_QUANT_VERSION)) as unfinished:
+        partial = unfinished.path / unfinished.final.name
+        unfinished.check_space({partial: sum(tensor.nbytes for tensor in plan.values())})
+        if not unfinished.finished(partial):
+            pieces = [functools.partial(_encode, key, tensor) for key, tensor in plan.items()]
+            for done in unfinished.grow(partial, lambda path: _begin(path, card, metadata, plan), pieces):
+                report(done)
+            unfinished.finish(partial)
         error = _compare(partial, plan, lambda done: report(len(plan) + done))
     return Written(file, error, tuple(notes))
 
@@ -135,7 +146,8 @@ def _plan(hf_dir: Path, kind: str) -> tuple[Architecture, dict[str, _Tensor]]:
             infos = hf_to_nemo.row_tensors(row, index, model, source, prefix, hf_dir)
             for canonical, (_, info) in zip(row.hf, infos, strict=True):
                 load = functools.partial(_load, table.from_hf, canonical, info, model)
-                plan[table.tensor_name(canonical).format(**index)] = _Tensor(_stored_kind(info.shape, kind), info.shape, load)
+                name = table.tensor_name(canonical).format(**index)
+                plan[name] = _Tensor(_stored_kind(name, info.shape, kind), info.shape, load)
     for name, factors in rope_tensors(model).items():
         plan[name] = _Tensor(F32, factors.shape, functools.partial(torch.from_numpy, factors))
     return model, plan
@@ -145,11 +157,15 @@ def _load(from_hf: Callable, name: str, info: safetensors_io.TensorInfo, model: 
     return from_hf(name, info.read(), model)
 
 
-def _stored_kind(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
+def _stored_kind(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     asked = KINDS[kind][0]
     if len(shape) == 1:
         return F32
-    return asked if shape[-1] % GGML_QUANT_SIZES[asked][0] == 0 else F16
+    if shape[-1] % GGML_QUANT_SIZES[asked][0] == 0:
+        return asked
+    if asked == Q4_K:
+        raise UserError(f"{name} has rows of {shape[-1]}, q4_k has blocks of {q4_k.SUPER_BLOCK}: write q4_0 or q8_0")
+    return F16
 
 
 def _metadata(hf_dir: Path, model: Architecture, kind: str) -> tuple[dict[str, Any], list[str]]:
@@ -170,9 +186,8 @@ def _model_card(hf_dir: Path, model: Architecture, name: str | None) -> Metadata
     return card
 
 
-def _write(
-    file: Path, card: Metadata, metadata: Mapping[str, Any], plan: Mapping[str, _Tensor], report: Callable[[int], None]
-) -> None:
+def _begin(file: Path, card: Metadata, metadata: Mapping[str, Any], plan: Mapping[str, _Tensor]) -> None:
+    """Write what stands before the tensors' bytes."""
     architecture = next(key for key in metadata if key.endswith(".block_count")).split(".")[0]
     writer = GGUFWriter(file, architecture)
     try:
@@ -185,11 +200,13 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (name, tensor) in enumerate(plan.items(), 1):
-            writer.write_tensor_data(_encode(name, tensor))
-            report(done)
     finally:
         writer.close()
+    os.truncate(file, _aligned(file.stat().st_size))
+
+
+def _aligned(size: int) -> int:
+    return GGUFWriter.ggml_pad(size, GGUF_DEFAULT_ALIGNMENT)
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
@@ -197,20 +214,20 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     getattr(writer, f"add_{kinds[type(value)]}")(key, value)
 
 
-def _encode(name: str, tensor: _Tensor) -> np.ndarray:
-    """The bytes to store."""
-    stored, start = np.empty(tensor.nbytes, dtype=np.uint8), 0
+def _encode(name: str, tensor: _Tensor) -> memoryview:
+    """The bytes to store, up to where the next tensor begins."""
+    stored, start = np.zeros(_aligned(tensor.nbytes), dtype=np.uint8), 0
     for rows in tensor.rows():
         if not np.isfinite(rows).all():
             raise UserError(f"{name} has values that are not finite")
         with np.errstate(over="ignore"):
-            part = quantize(rows, tensor.kind)
+            part = q4_k.quantize(rows) if tensor.kind == Q4_K else quantize(rows, tensor.kind)
         if tensor.kind == F16 and not np.isfinite(part).all():
             raise UserError(f"{name} has values up to {abs(rows).max():.4g}, which f16 cannot hold: write bf16 or f32")
         part = part.reshape(-1).view(np.uint8)
         stored[start : start + part.size] = part
         start += part.size
-    return stored
+    return memoryview(stored)
 
 
 def _compare(file: Path, plan: Mapping[str, _Tensor], report: Callable[[int], None]) -> float:
@@ -236,39 +253,12 @@ def _allowed(source: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     if kind in _CASTS:
         weights = torch.from_numpy(source)
         return (weights.to(_CASTS[kind]).float() - weights).abs().numpy()
+    if kind == Q4_K:
+        blocks = source.reshape(-1, q4_k.SUPER_BLOCK // q4_k.BLOCK, q4_k.BLOCK)
+        step = (blocks.max(2).clip(0) - blocks.min(2).clip(None, 0)).max(1) / q4_k.LARGEST
+        return np.repeat(step + np.float32(q4_k.ROUNDING), q4_k.SUPER_BLOCK).reshape(source.shape)
     blocks = source.reshape(-1, GGML_QUANT_SIZES[kind][0])
     largest, steps = _BLOCKS[kind]
     scale = abs(blocks).max(axis=1, keepdims=True) / np.float32(largest)
     rounding = abs(scale.astype(np.float16).astype(np.float32) - scale) * largest
     return np.broadcast_to(scale * np.float32(steps + 1e-4) + rounding, blocks.shape).reshape(source.shape)
-
-
-@contextlib.contextmanager
-def _new_file(final: Path, size: int) -> Iterator[Path]:
-    """Yield a place beside `final`, which is renamed when it is complete and removed when it is not."""
-    final = final.absolute()
-    partial = final.with_name(f".{final.name}.partial")
-    with contextlib.ExitStack() as stack:
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(partial, "ab"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{final} is being written by another process: wait for it or choose another file") from None
-        except OSError as error:
-            raise UserError(f"cannot write in {final.parent}: {error.strerror or error}") from error
-        try:
-            if final.exists():
-                raise UserError(f"{final} exists already: delete it or choose another file")
-            if size > (free := free_bytes(final.parent)):
-                raise UserError(f"{final} needs {size / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB free: make space")
-            yield partial
-            sync(partial)
-            os.rename(partial, final)
-            sync(final.parent)
-        except OSError as error:
-            full = is_full(error, final.parent)
-            reason = "its disk is full: make space" if full else error.strerror or error
-            raise UserError(f"cannot write {final}: {reason}") from error
-        finally:
-            partial.unlink(missing_ok=True)

@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 
-from conversion import families, safetensors_io
+from conversion import families, safetensors_io, shards
+from conversion.atomic import Unfinished
 from conversion.families import Family
 from conversion.families.table import WRAPPED
+from conversion.multimodal.rows import NEWLINE
 from conversion.safetensors_io import TensorInfo
+from conversion.shards import Shard
 from conversion.workers import Progress
 from nemo_ext.adapters import spectrum
 from nemo_ext.errors import UserError
@@ -147,7 +150,7 @@ def read(folder: Path) -> Adapter:
         if match := _TENSOR.fullmatch(name):
             kind = match["kind"] or match["embedding"]
             found.setdefault(match["module"], {})[kind] = info
-        elif ".lora_" in name or not name.endswith((".weight", ".bias")):
+        elif ".lora_" in name or not _whole(config, name):
             raise UserError(f"{folder}: {key} is not a tensor of LoRA")
         else:
             replaced[name.replace(".base_layer.", ".")] = info
@@ -161,23 +164,17 @@ def read(folder: Path) -> Adapter:
 
 
 def write(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Computed | TensorInfo], progress: Progress | None = None
+    unfinished: Unfinished,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Computed | TensorInfo],
+    progress: Progress | None = None,
 ) -> None:
-    """Write PEFT's two files into `folder`; `tensors` by PEFT's names without `base_model.model.`, one in memory at a time."""
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-
-    def each():
-        done = 0
-        for tensor in tensors.values():
-            value = tensor.read()
-            yield value
-            done += value.nbytes
-            if progress:
-                progress(done, total, "B")
-
-    specs = {PREFIX + name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    safetensors_io.write_file(folder / WEIGHTS, specs, each())
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write PEFT's two files into a folder that is `unfinished`; `tensors` by PEFT's names without `base_model.model.`."""
+    named = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
+    layout = [Shard(WEIGHTS, tuple(specs), safetensors_io.FORMAT)]
+    shards.write(unfinished, layout, specs, lambda name: named[name].read(), progress)
+    (unfinished.path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def canonical(family: Family, name: str) -> tuple[str, str]:
@@ -308,6 +305,12 @@ def _update(folder: Path, config: Mapping[str, Any], module: str, parts: Mapping
 def _with_values(a: TensorInfo, values: TensorInfo) -> Computed:
     """diag(E) A."""
     return Computed(a.shape, torch.float32, lambda: values.read().float().reshape(-1, 1) * a.read().float())
+
+
+def _whole(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of this name may be one that is replaced as a whole."""
+    saved = config.get("modules_to_save") or []
+    return name.endswith((".weight", ".bias", NEWLINE)) or any(f".{module}." in f".{name}" for module in saved)
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

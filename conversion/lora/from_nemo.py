@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from conversion import families
-from conversion.atomic import new_folder
+from conversion.atomic import fingerprint, resumable_folder
 from conversion.dist_checkpoint import SavedTensor, read
 from conversion.hf_to_nemo import KEY_PREFIX
 from conversion.lora import adapter as lora
-from conversion.lora import per_linear
+from conversion.lora import per_linear, senses
 from conversion.lora.adapter import Computed
 from conversion.lora.nemo import MAGNITUDE, A, B, Place, Slot, dtype_name, find, peft_config, refuse_dora, slots_of, unscaled
 from conversion.workers import Progress
@@ -28,6 +28,7 @@ def convert(adapter_dir: Path, out_dir: Path, alpha: float | None = None, progre
 
     An adapter that came from PEFT comes back with its own modules, ranks and configuration, bit for bit, as long as every
     module's A and B stayed in their places. Anything else is exported as it is: a fused adapter's A is copied to all its parts.
+    Of a model that sees or hears come its encoder's adapter and its projector too (`conversion.lora.senses`).
     `alpha` is for a checkpoint without `adapter.json`.
     """
     weights, settings = find(Path(adapter_dir), alpha)
@@ -35,11 +36,27 @@ def convert(adapter_dir: Path, out_dir: Path, alpha: float | None = None, progre
         raise UserError(f"{adapter_dir} is a MoE-DoRA: PEFT and transformers have no routers; its run continues and evaluates it")
     if made in per_linear.TENSORS:
         return per_linear.convert(weights, settings, Path(out_dir), progress)
+    saved, prefix = read(weights), settings.get("module_prefix", "model.")
+    beside = senses.read(saved, settings, prefix)
+    stacks = _stacks(saved)
+    if not stacks and not beside.adapted:
+        raise UserError(f"{weights} has no adapters: it is a whole model")
+    config, tensors = _language(adapter_dir, stacks, settings, prefix) if stacks else (settings["peft_config"], {})
+    if beside.tensors:
+        config, tensors = beside.config(config, bool(stacks)), {**tensors, **beside.tensors}
+    with resumable_folder(out_dir, fingerprint(sorted(weights.iterdir()), "lora_from_nemo", settings)) as unfinished:
+        lora.write(unfinished, config, tensors, progress)
+    return Path(out_dir)
+
+
+def _language(
+    adapter_dir: Path, stacks: Mapping[str, Mapping[str, SavedTensor]], settings: Mapping[str, Any], prefix: str
+) -> tuple[dict[str, Any], dict[str, Computed]]:
+    """PEFT's configuration and tensors of a language model's adapter."""
     architecture = Architecture(**settings["architecture"])
     family = families.FAMILIES[architecture.family]
-    stacks = _stacks(weights)
     dora = any(MAGNITUDE in stack for stack in stacks.values())
-    split = made == "canonical_dora" or any(".adapter.adapter_" in key for key in stacks)
+    split = settings.get("kind") == "canonical_dora" or any(".adapter.adapter_" in key for key in stacks)
     kind = ("canonical_dora" if split else "dora") if dora else ("canonical_lora" if split else "lora")
     slots = [slot for slot in slots_of(family, architecture, kind) if slot.key in stacks]
     if unknown := set(stacks) - {slot.key for slot in slots}:
@@ -48,30 +65,26 @@ def convert(adapter_dir: Path, out_dir: Path, alpha: float | None = None, progre
     if kind == "dora":
         refuse_dora(slots, family, architecture, Path(adapter_dir))
     places = {name: Place(**place) for name, place in settings.get("modules", {}).items()}
-    prefix = settings.get("module_prefix", "model.")
     if _unmoved(slots, places, stacks, architecture):
         config = settings["peft_config"]
     else:
         config = _config(settings, slots, stacks, dora, prefix)
         places = _whole(slots, stacks, architecture)
     modules = _modules(slots, places, stacks, architecture)
-    tensors = {prefix + name.removeprefix("model."): tensor for name, tensor in modules.items()}
-    with new_folder(out_dir) as folder:
-        lora.write(folder, config, tensors, progress)
-    return Path(out_dir)
+    return config, {prefix + name.removeprefix("model."): tensor for name, tensor in modules.items()}
 
 
-def _stacks(weights: Path) -> dict[str, dict[str, SavedTensor]]:
-    """{slot: {"linear_in.weight": A of all layers, ...}} of a checkpoint."""
+def _stacks(saved: Mapping[str, SavedTensor]) -> dict[str, dict[str, SavedTensor]]:
+    """{slot: {"linear_in.weight": A of all layers, ...}} of a checkpoint's language model."""
     stacks: dict[str, dict[str, SavedTensor]] = {}
-    for key, tensor in read(weights).items():
+    for key, tensor in saved.items():
+        if key.startswith(senses.PLACE):
+            continue
         match = re.fullmatch(r"(.+\.adapter(?:\.adapter_\w+)?)\.(linear_(?:in|out)\.weight|weight_magnitude)", key)
         if match:
             stacks.setdefault(match[1].removeprefix(KEY_PREFIX), {})[match[2]] = tensor
         elif ".adapter." in key:
-            raise UserError(f"{weights} has {key}, which is not a tensor of LoRA")
-    if not stacks:
-        raise UserError(f"{weights} has no adapters: it is a whole model")
+            raise UserError(f"the checkpoint has {key}, which is not a tensor of LoRA")
     return stacks
 
 

@@ -21,12 +21,13 @@ import torch
 
 from conversion import families, safetensors_io
 from conversion.atomic import Unfinished, fingerprint, resumable_folder
+from conversion.compare import media
 from conversion.compare.activations import LogitDifference, compare
 from conversion.dtypes import DTYPES, cast, parse
 from conversion.hf_to_nemo import read_config
 from conversion.lora import adapter as lora
 from conversion.lora.adapter import Adapter, Spectrum, Update
-from conversion.multimodal.configuration import CLASSES, OWN_TYPE, language_model
+from conversion.multimodal.configuration import CLASSES, OWN_TYPE, language_model, senses_of
 from conversion.safetensors_io import INDEX, TensorInfo
 from conversion.workers import Progress
 from nemo_ext.errors import RunError, UserError
@@ -65,7 +66,7 @@ def merge(
 
     One tensor is in memory at a time; a merge that was killed goes on where it was. `dtype` ("float32", "bfloat16", "float16")
     stores all weights in another type. With `measure`, transformers and PEFT then run the unmerged and the merged model (one in
-    memory at a time) on 2 x 32 random tokens.
+    memory at a time) on 2 x 32 random tokens, of a model that sees or hears on tokens with random images or sounds.
 
     Raises UserError: a quantized base, an adapter that does not fit, one for an embedding that the output shares, or what
     `lora.read` refuses. Raises RunError, and leaves nothing, if weights stored in fp32 compute something else than PEFT does.
@@ -258,7 +259,7 @@ def _is_weight_index(file: Path) -> bool:
 
 
 def _measure(base: Path, adapter: Path, merged: Path, config: Mapping[str, Any]) -> tuple[LogitDifference, LogitDifference]:
-    """(merged against PEFT's, PEFT's against the base's) logits in fp32, on two sequences of 32 random tokens."""
+    """(merged against PEFT's, PEFT's against the base's) logits in fp32, on 2 x 32 random tokens, or one sequence with media."""
     from nemo_ext import platform
 
     platform.activate()
@@ -268,19 +269,23 @@ def _measure(base: Path, adapter: Path, merged: Path, config: Mapping[str, Any])
     vocabulary = (config.get("text_config") or config).get("vocab_size") or 256
     loader = getattr(transformers, CLASSES.get(config.get("model_type"), "AutoModelForCausalLM"))
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+    more: dict[str, Any] = {}
+    if senses := senses_of(config):
+        _, ids, inputs = media.prompt(senses, vocabulary)
+        tokens, more = ids[None], inputs.for_huggingface("cpu", torch.float32)
 
     def load(folder: Path) -> Any:
         return loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following rank_pattern keys")  # said of every AdaLoRA adapter, and used
-        model = PeftModel.from_pretrained(load(base), adapter).float().eval()
-        adapted = model(tokens).logits
-        with model.disable_adapter():
-            plain = model(tokens).logits
+        model = load(base)
+        plain = model(tokens, **more).logits
+        model = PeftModel.from_pretrained(model, adapter).float().eval()
+        adapted = model(tokens, **more).logits
         del model
         gc.collect()
-        result = load(merged)(tokens).logits
+        result = load(merged)(tokens, **more).logits
     return compare(adapted, result), compare(plain, adapted)
 
 

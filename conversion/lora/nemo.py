@@ -7,7 +7,7 @@ A NeMo adapter folder has `weights/`, a Megatron distributed checkpoint with the
   "canonical_dora", as "canonical_lora" with magnitudes;
 - `target_modules`, `dim`, `alpha`, `dropout`: the arguments of NeMo's transform (`nemo_ext.adapters.transforms.transform`), and
   `ranks` and `alphas` of single targets that differ;
-- `base`, `architecture`: what it adapts; `peft_config`: PEFT's configuration;
+- `base`, `architecture`, and the `senses` of a model that sees or hears: what it adapts; `peft_config`: PEFT's configuration;
 - `modules`: for each of PEFT's modules where it lies: the first rank component, the rank, and the factor in its B.
 
 NeMo has one rank and one scale for all layers, since a checkpoint stacks them: A is `[layers, dim, in]`, B `[layers, out, dim]`.
@@ -35,6 +35,7 @@ from conversion.hf_to_nemo import KEY_PREFIX
 from nemo_ext import adapters, run_folder
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError, explain
+from nemo_ext.multimodal.description import Sense
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,22 +98,35 @@ class Place:
 
 
 def describe(
-    architecture: Architecture, keys: dict[str, Any], base: str, dtype: str, prefix: str = "model.", kind: str = "lora"
+    architecture: Architecture,
+    keys: dict[str, Any],
+    base: str,
+    dtype: str,
+    prefix: str = "model.",
+    kind: str | None = "lora",
+    senses: Sequence[Sense] = (),
+    nf4: bool = False,
 ) -> dict[str, Any]:
     """`adapter.json` of a run that trains a new adapter: `keys` are its recipe's (rank, alpha, rslora, dropout, targets).
 
-    `kind` is the method's of `nemo_ext.adapters`. `base` names the model, `dtype` is what its weights are trained in, `prefix`
-    stands for "model." in the base's names.
+    `kind` is the method's of `nemo_ext.adapters`, None where only encoders of `senses` have an adapter. `base` names the model,
+    `dtype` is what its weights are trained in, `prefix` stands for "model." in the base's names. `nf4`: the base's linears are
+    in 4 bits in training.
     """
     family = families.FAMILIES[architecture.family]
-    settings = adapters.transform_settings(architecture, keys, kind)
-    names = adapters.targets(architecture.family, keys["targets"])
+    none = {"kind": None, "target_modules": [], "dim": keys["rank"], "alpha": keys["alpha"], "dropout": keys["dropout"]}
+    settings = adapters.transform_settings(architecture, keys, kind) if kind else none
+    names = adapters.targets(architecture.family, keys["targets"]) if kind else []
     parts = [part for slot in slots_of(family, architecture, "canonical_lora") for part in slot.parts]
     parts = [part for part in parts if part.rsplit(".", 1)[1] in names]
     described = {**settings, "base": base, "architecture": architecture.to_dict(), "module_prefix": prefix}
+    if nf4:
+        described["nf4"] = {"double_quant": keys["double_quant"]}
+    if senses:
+        described["senses"] = [sense.to_dict() for sense in senses]
     if kind == "adalora":
         described["allocation"] = adapters.allocation(keys)
-    if kind not in PEFT:
+    if kind not in (*PEFT, None):
         return {**described, "peft_config": None, "modules": {}}
     ranks, alphas = adapters.ranks(architecture.family, keys), adapters.alphas(architecture.family, keys)
     places = {part: vars(Place(0, ranks[part.rsplit(".", 1)[1]], 1.0, dtype)) for part in parts}

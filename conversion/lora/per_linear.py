@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from conversion import families
-from conversion.atomic import new_folder
+from conversion.atomic import fingerprint, resumable_folder
 from conversion.dist_checkpoint import SavedTensor, read
 from conversion.hf_to_nemo import KEY_PREFIX
 from conversion.lora import adapter as lora
@@ -51,8 +51,8 @@ def convert(weights: Path, settings: Mapping[str, Any], out_dir: Path, progress:
     targets = peft_config(modules, prefix, 1, 1, 0.0)["target_modules"]
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "target_modules": targets, "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None, **config}  # fmt: skip
-    with new_folder(out_dir) as folder:
-        lora.write(folder, config, placed, progress)
+    with resumable_folder(out_dir, fingerprint(sorted(weights.iterdir()), "lora_per_linear", settings)) as unfinished:
+        lora.write(unfinished, config, placed, progress)
     return Path(out_dir)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from conversion import families, nemo_folder
-from conversion.atomic import new_folder
-from conversion.dist_checkpoint import Chunk, StoredTensor, write
+from conversion.atomic import fingerprint, resumable_folder
+from conversion.dist_checkpoint import LIMITS, Chunk, StoredTensor, write
 from conversion.families import Family
 from conversion.hf_to_nemo import KEY_PREFIX, read_config
 from conversion.lora import adapter as lora
@@ -47,7 +47,8 @@ def convert(
     """Convert the PEFT folder `adapter_dir` into the NeMo adapter folder `out_dir` and return that.
 
     `base` is the model that it adapts, a Hugging Face or a NeMo folder; only its configuration is read. `kind` is one of
-    `KINDS`; without it "canonical_lora", or "dora" for an adapter with magnitudes, which NeMo itself loads.
+    `KINDS`; without it "canonical_lora", or "dora" for an adapter with magnitudes, which NeMo itself loads. A conversion that was
+    killed goes on where it was.
 
     Raises UserError: what `lora.read` refuses, modules or shapes that the base does not have, and what NeMo's adapters cannot
     hold (embeddings, outputs, experts, replaced modules).
@@ -75,10 +76,11 @@ def convert(
         "module_prefix": prefix,
         "peft_config": adapter.config,
     }
-    with new_folder(out_dir) as folder:
-        weights = folder / nemo_folder.WEIGHTS
+    key = fingerprint([adapter.folder / lora.WEIGHTS, adapter.folder / lora.CONFIG], "lora_to_nemo", LIMITS, settings)
+    with resumable_folder(out_dir, key) as unfinished:
+        folder, weights = unfinished.path, unfinished.path / nemo_folder.WEIGHTS
         extra = {} if kind == "canonical_dora" else _extra_states(slots, architecture)
-        write(weights, tensors, extra, progress, workers)
+        write(weights, tensors, extra, progress, workers, unfinished)
         if nemo_base:
             (weights / NEMO_METADATA).write_text(json.dumps({"model_ckpt_path": str(nemo_base.absolute())}))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

@@ -72,20 +72,23 @@ def quantize(
     plan: Mapping[str, Format],
     batches: Batches,
     dtype: torch.dtype,
-    kv_cache: bool = False,
+    kv_cache: str | None = None,
     scales: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """Put ModelOpt's quantizers into `model` for the layers of `plan`, in place, with maxima found by `batches`.
 
-    Everything that is not quantized is rounded to `dtype`. `kv_cache` quantizes keys and values to FP8 by a calibrated scale, or
-    1 where that is larger: the range of FP8 is wide enough, and what is larger than calibrated is not cut off. `scales`: those of
-    groups that are known already, {layer: [out, in / group]}, and not taken from the weight.
+    Everything that is not quantized is rounded to `dtype`. `kv_cache` (fp8 or int8) quantizes keys and values by a calibrated
+    scale, FP8 by 1 where that is larger: its range is wide enough, and what is larger than calibrated is not cut off. `scales`:
+    those of groups that are known already, {layer: [out, in / group]}, and not taken from the weight.
     """
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in plan:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-    needs_text = kv_cache or any(each.activation for each in plan.values())
+    needs_text = bool(kv_cache) or any(each.activation for each in plan.values())
     _modelopt(model, _config(plan, "max", kv_cache), batches if needs_text else None)
+    for module in model.modules():
+        if getattr(module, "_amax", None) is not None:
+            module._amax = module._amax.float()  # a multiple of its scale has more bits than the weights of some models
     for members in layers.groups(list(plan)):
         _share([model.get_submodule(name) for name in members])
     for name, scale in (scales or {}).items():
@@ -103,18 +106,18 @@ def quantize(
                 pair = (module.k_bmm_quantizer, module.v_bmm_quantizer)
                 largest = torch.stack([each.amax.float().reshape(()) for each in pair]).max()
                 for quantizer in pair:  # one scale for both, as TensorRT-LLM has it
-                    quantizer.amax = largest.clamp(min=FP8_MAX)
+                    quantizer.amax = largest.clamp(min=FP8_MAX) if kv_cache == "fp8" else largest
                     _round_scale(quantizer, dtype)
     return model
 
 
-def _config(plan: Mapping[str, Format], algorithm: Any, kv_cache: bool = False) -> dict[str, Any]:
+def _config(plan: Mapping[str, Format], algorithm: Any, kv_cache: str | None = None) -> dict[str, Any]:
     """ModelOpt's dictionary; patterns are matched in order and later ones win."""
     quantizers: dict[str, Any] = {"default": {"enable": False}, "*": {"enable": False}}
     for name, each in plan.items():
         quantizers[f"{name}.weight_quantizer"], quantizers[f"{name}.input_quantizer"] = each.modelopt()
     if kv_cache:
-        quantizers["*[kv]_bmm_quantizer"] = {"num_bits": (4, 3), "axis": None, "enable": True}
+        quantizers["*[kv]_bmm_quantizer"] = {"num_bits": (4, 3) if kv_cache == "fp8" else 8, "axis": None, "enable": True}
     return {"quant_cfg": quantizers, "algorithm": algorithm}
 
 

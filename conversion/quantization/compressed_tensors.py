@@ -22,8 +22,10 @@ LAYOUTS = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quan
 VERSION = "0.12.2"  # of the layout that is written
 
 
-def check(form: Format) -> None:
-    """Raises UserError for a format that has no layout there."""
+def check(form: Format, kv_cache: str | None = None) -> None:
+    """Raises UserError for a format of layers or of the cache that has no layout there."""
+    if kv_cache == "int8":
+        raise UserError("kv_cache=int8 is for format=tensorrt_llm: the other runtimes take fp8")
     if form.name not in LAYOUTS:
         raise UserError(f"compressed-tensors has no {form.name} with calibrated inputs: use format=modelopt or tensorrt_llm")
 
@@ -31,7 +33,7 @@ def check(form: Format) -> None:
 def write(folder: Path, quantized: Quantized, progress: Callable[[int, int], None] | None = None) -> None:
     """Write the model into `folder`. Raises UserError as `check` does."""
     for form in quantized.plan.values():
-        check(form)
+        check(form, quantized.kv_cache)
     extra = {}
     for name, (key, value) in quantized.kv_scales().items():
         extra[f"{name}.k_scale"] = torch.tensor([key], dtype=quantized.dtype)

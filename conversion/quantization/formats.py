@@ -63,8 +63,13 @@ METHODS = {
 }
 
 
-# llama.cpp's own: every matrix, the embedding too, by rounding, in blocks of 32 with a scale in fp16
-GGUF = {"q8_0": Format("q8_0", "int8", None, 32), "q4_0": Format("q4_0", "int4", None, 32)}
+# llama.cpp's own: every matrix, the embedding too, in blocks of 32 with a scale in fp16, or of Q4_K with a scale and an offset of
+# six bits and two numbers in fp16 for eight blocks, which are as many bits
+GGUF = {
+    "q8_0": Format("q8_0", "int8", None, 32),
+    "q4_0": Format("q4_0", "int4", None, 32),
+    "q4_k": Format("q4_k", "int4", None, 32),
+}
 
 
 def format_of(name: str, group: int) -> Format:

@@ -23,8 +23,10 @@ from nemo_ext.errors import UserError
 ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ", "w4a8": "W4A8_AWQ", "nvfp4": "NVFP4"}
 
 
-def check(form: Format) -> None:
-    """Raises UserError for a format that has no layout there."""
+def check(form: Format, kv_cache: str | None = None) -> None:
+    """Raises UserError for a format of layers or of the cache that has no layout there."""
+    if kv_cache == "int8":
+        raise UserError("kv_cache=int8 is for format=tensorrt_llm: the other runtimes take fp8")
     if form.name not in ALGORITHMS:
         raise UserError(f"no runtime loads {form.name} from ModelOpt's layout: use format=compressed_tensors or tensorrt_llm")
 
@@ -34,7 +36,7 @@ def write(folder: Path, quantized: Quantized, progress: Callable[[int, int], Non
     from modelopt import __version__
 
     for form in quantized.plan.values():
-        check(form)
+        check(form, quantized.kv_cache)
     extra = {}
     for name, (key, value) in quantized.kv_scales().items():
         extra[f"{name}.k_proj.k_scale"] = torch.tensor([key])

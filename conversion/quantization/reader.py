@@ -30,11 +30,11 @@ PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale"
 @dataclass
 class Read:
     """`weights`: every parameter of the model in fp32 by its name. `inputs`: by layer, what rounds its input. `kv`: by attention
-    module, the scales of its keys and values in FP8."""
+    module, what rounds its keys and its values."""
 
     weights: dict[str, torch.Tensor]
     inputs: dict[str, Round] = field(default_factory=dict)
-    kv: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kv: dict[str, tuple[Round, Round]] = field(default_factory=dict)
 
 
 def read(folder: Path) -> Read:
@@ -46,7 +46,7 @@ def read(folder: Path) -> Read:
     if layers is None:
         raise UserError(f"{folder} has no quantization_config of compressed-tensors or modelopt")
     stored: dict[str, dict[str, np.ndarray]] = {}
-    found = Read({})
+    found, cache = Read({}), {}
     for name, info in safetensors_io.open_folder(folder).items():
         parent, _, last = name.rpartition(".")
         stored.setdefault(parent, {})[last] = to_numpy(info.read())
@@ -55,10 +55,9 @@ def read(folder: Path) -> Read:
             found.weights |= {f"{parent}.{last}" if parent else last: torch.from_numpy(value) for last, value in tensors.items()}
             continue
         attention = parent.removesuffix(".k_proj").removesuffix(".v_proj")
-        scales = {which: float(tensors.pop(f"{which}_scale").reshape(())) for which in "kv" if f"{which}_scale" in tensors}
+        scales = {which: tensors.pop(f"{which}_scale") for which in "kv" if f"{which}_scale" in tensors}
         if scales:
-            key, value = found.kv.get(attention, (0.0, 0.0))
-            found.kv[attention] = (scales.get("k", key), scales.get("v", value))
+            cache.setdefault(attention, {}).update({which: _fp8(scale) for which, scale in scales.items()})
         if (bias := tensors.pop("bias", None)) is not None:
             found.weights[f"{parent}.bias"] = torch.from_numpy(bias)
         if tensors:
@@ -71,19 +70,26 @@ def read(folder: Path) -> Read:
             found.weights[f"{parent}.weight"] = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
             if rounding:
                 found.inputs[parent] = rounding
+    found.kv = {attention: (roundings["k"], roundings["v"]) for attention, roundings in cache.items()}
     return found
 
 
-def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """fp32 logits `[b, s, vocabulary]` of the model in `folder` for ids `[b, s]`, computed in fp32 on the CPU."""
+def logits(folder: Path, ids: torch.Tensor, **like: Any) -> torch.Tensor:
+    """fp32 logits `[b, s, vocabulary]` of the model in `folder` for ids `[b, s]`; `like`: `run`'s dtype and device."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config")
-    return run(config, read(folder), ids)
+    return run(config, read(folder), ids, **like)
 
 
 @torch.no_grad()
-def run(config: Mapping[str, Any], found: Read, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of transformers' model of `config` with the weights and roundings of `found`."""
+def run(
+    config: Mapping[str, Any],
+    found: Read,
+    ids: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Logits of transformers' model of `config` with the weights and roundings of `found`, computed in `dtype` on `device`."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -91,32 +97,31 @@ def run(config: Mapping[str, Any], found: Read, ids: torch.Tensor) -> torch.Tens
         key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "model_type", "quantization_config")
     }
     settings = AutoConfig.for_model(config["model_type"], **rest)
-    model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").float().eval()
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa").eval()
     tied = settings.tie_word_embeddings and "lm_head.weight" not in found.weights
     loaded = model.load_state_dict(found.weights, strict=False)
     missing = [name for name in loaded.missing_keys if not (tied and name == "lm_head.weight")]
     if missing or loaded.unexpected_keys:
         raise RunError(f"the artifact lacks {missing[:2]} and has {loaded.unexpected_keys[:2]} that the model does not")
+    model.to(device)
     for name, rounding in found.inputs.items():
         model.get_submodule(name).register_forward_pre_hook(
             lambda module, args, rounding=rounding: (rounding(args[0]), *args[1:])
         )
     if found.kv:
-        scales = {model.get_submodule(name): pair for name, pair in found.kv.items()}
+        pairs = {model.get_submodule(name): pair for name, pair in found.kv.items()}
         plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
         def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            key_scale, value_scale = scales[module]
-            return plain(
-                module, query, e4m3(key / key_scale) * key_scale, e4m3(value / value_scale) * value_scale, *args, **kwargs
-            )
+            key_rounding, value_rounding = pairs[module]
+            return plain(module, query, key_rounding(key), value_rounding(value), *args, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS.register("sdpa_of_a_reader", attention)
         model.config._attn_implementation_internal = "sdpa_of_a_reader"
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
         ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_of_a_reader", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    return model(ids, use_cache=False).logits.float()
+    return model(ids.to(device), use_cache=False).logits.float().cpu()
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -204,9 +209,9 @@ def _modelopt(name: str, tensors: dict[str, np.ndarray], config: Mapping[str, An
     values = codes * _columns(scale, weight.shape[1], details["group_size"])
     before = torch.from_numpy(tensors["pre_quant_scale"])
     if details["quant_algo"] == "W4A16_AWQ":
-        return values, lambda x: x * before
+        return values, lambda x: x * before.to(x)
     outer, after = tensors["weight_scale_2"], _fp8(tensors["input_scale"])
-    return e4m3(torch.from_numpy(values / outer)).numpy() * outer, lambda x: after(x * before)
+    return e4m3(torch.from_numpy(values / outer)).numpy() * outer, lambda x: after(x * before.to(x))
 
 
 def _columns(scale: np.ndarray, columns: int, group: int) -> np.ndarray:
@@ -223,12 +228,12 @@ def _pairs(packed: np.ndarray) -> np.ndarray:
 
 def _fp8(scale: np.ndarray) -> Round:
     step = float(scale.reshape(()))
-    return lambda x: e4m3(x / step) * step
+    return lambda x: (e4m3(x.float() / step) * step).to(x.dtype)
 
 
 def _int8(scale: np.ndarray) -> Round:
     step = float(scale.reshape(()))
-    return lambda x: torch.round(x / step).clamp(-128, 127) * step
+    return lambda x: (torch.round(x.float() / step).clamp(-128, 127) * step).to(x.dtype)
 
 
 def _nvfp4(outer: np.ndarray) -> Round:
@@ -236,8 +241,8 @@ def _nvfp4(outer: np.ndarray) -> Round:
     unit = float(outer.reshape(()))
 
     def rounding(x: torch.Tensor) -> torch.Tensor:
-        blocks = x.unflatten(-1, (-1, 16))
+        blocks = x.float().unflatten(-1, (-1, 16))
         step = e4m3(blocks.abs().amax(-1, keepdim=True) / (6.0 * unit)) * unit
-        return (e2m1(torch.where(step > 0, blocks / step, 0.0)) * step).flatten(-2)
+        return (e2m1(torch.where(step > 0, blocks / step, 0.0)) * step).flatten(-2).to(x.dtype)
 
     return rounding

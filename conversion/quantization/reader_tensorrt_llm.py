@@ -53,16 +53,16 @@ def read(folder: Path) -> Read:
     return found
 
 
-def logits(folder: Path, ids: torch.Tensor, hf_config: Mapping[str, Any]) -> torch.Tensor:
+def logits(folder: Path, ids: torch.Tensor, hf_config: Mapping[str, Any], **like: Any) -> torch.Tensor:
     """fp32 logits `[b, s, vocabulary]`; `hf_config` is the config.json of the model that was quantized, of its true
-    vocabulary."""
+    vocabulary; `like`: the dtype and device of `reader.run`."""
     found = read(folder)
     size = hf_config["vocab_size"]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if bool(found.weights[name][size:].any()):
             raise RunError(f"{folder}: the padding of {name} is not zero")
         found.weights[name] = found.weights[name][:size]
-    return run({**hf_config, "tie_word_embeddings": False}, found, ids)
+    return run({**hf_config, "tie_word_embeddings": False}, found, ids, **like)
 
 
 def _quantized_as(folder: Path, config: Mapping[str, Any], layer: int) -> Any:
@@ -78,8 +78,9 @@ def _layer(found: Read, prefix: str, parts: list[Tensors], config: Mapping[str, 
     found.weights[f"{prefix}input_layernorm.weight"] = torch.from_numpy(parts[0]["input_layernorm.weight"])
     found.weights[f"{prefix}post_attention_layernorm.weight"] = torch.from_numpy(parts[0]["post_layernorm.weight"])
     if "attention.kv_cache_scaling_factor" in parts[0]:
-        scale = float(parts[0]["attention.kv_cache_scaling_factor"][0])
-        found.kv[f"{prefix}self_attn"] = (scale, scale)
+        cache = {"FP8": _fp8, "INT8": _int8}[config["quantization"]["kv_cache_quant_algo"]]
+        rounding = cache(parts[0]["attention.kv_cache_scaling_factor"])
+        found.kv[f"{prefix}self_attn"] = (rounding, rounding)
     for module in ("attention.qkv", *HUGGING_FACE):
         each = [{n.removeprefix(f"{module}."): t for n, t in part.items() if n.startswith(f"{module}.")} for part in parts]
         details = quantized_as(module)

@@ -47,7 +47,7 @@ class Quantized:
     dtype: torch.dtype
     source: Path
     config: Mapping[str, Any]  # config.json of the source
-    kv_cache: bool = False
+    kv_cache: str | None = None  # fp8 or int8
 
     def linear(self, name: str) -> StoredLinear:
         """The layer `name` of the plan."""
@@ -68,8 +68,9 @@ class Quantized:
         """{attention module: scales of its keys and values}, empty without a quantized cache."""
         if not self.kv_cache:
             return {}
+        largest = {"fp8": FP8_MAX, "int8": INT8_MAX}[self.kv_cache]
         return {
-            name: (float(module.k_bmm_quantizer.amax) / FP8_MAX, float(module.v_bmm_quantizer.amax) / FP8_MAX)
+            name: (float(module.k_bmm_quantizer.amax) / largest, float(module.v_bmm_quantizer.amax) / largest)
             for name, module in self.model.named_modules()
             if hasattr(module, "k_bmm_quantizer")
         }

@@ -69,8 +69,8 @@ class Layout:
                 )
 
 
-def check(form: Format) -> None:
-    """Raises UserError for a format that is not written."""
+def check(form: Format, kv_cache: str | None = None) -> None:
+    """Raises UserError for a format that is not written; either KV cache is."""
     if form.name not in ALGORITHMS:
         raise UserError(f"{form.name} is not written as a TensorRT-LLM checkpoint: use format=modelopt")
 
@@ -208,7 +208,7 @@ def quantization(quantized: Quantized) -> dict[str, Any]:
     if not quantized.plan:
         raise UserError("no layer is quantized: there is nothing to write")
     formats = [form for form, _ in names_by_format(quantized.plan)]
-    cache = {"kv_cache_quant_algo": "FP8" if quantized.kv_cache else None}
+    cache = {"kv_cache_quant_algo": quantized.kv_cache and quantized.kv_cache.upper()}
     if len(formats) > 1:
         return {"quant_algo": "MIXED_PRECISION", **cache}
     every = {f"transformer.layers.{i}.{ours}": f"model.layers.{i}.{members[0]}"

@@ -21,12 +21,13 @@ import torch
 from deploy.engine import speculation
 from deploy.engine.beams import GroupedSearch
 from deploy.engine.grammar import Grammars
-from deploy.engine.images import MOST, MOST_PIXELS, embeddings, of_model
+from deploy.engine.images import MOST, MOST_PIXELS
 from deploy.engine.network import Network
 from deploy.engine.prompts import Prompts, load_tokenizer
 from deploy.engine.request import Busy, Output, Refused, Request, Stats
 from deploy.engine.sampling import Guess, choose, logprob, new_state
 from deploy.engine.scheduler import Copy, Group, Scheduler, Sequence
+from deploy.engine.senses import of_model
 from deploy.engine.speculation import Draft
 
 log = logging.getLogger("llm_builder.engine")
@@ -56,7 +57,7 @@ class Engine:
 
         `rows` sequences run at once, and `max_waiting` requests wait. A step reads at most `prefill_tokens` of prompts. With a
         `draft` (see speculation.load) at most `draft_tokens` are guessed for each sequence and step. A model that sees takes at
-        most so many `images` in a request, of `image_pixels` each.
+        most so many `images` in a request, of `image_pixels` each, one that hears so many sounds.
         """
         tokenizer = load_tokenizer(folder)
         sizes = dict(rows=rows, prefill_tokens=max(prefill_tokens, draft_tokens + 1), dtype=dtype)
@@ -306,9 +307,10 @@ class Engine:
         group = sequence.group
         if not group.request.pictures or sequence.cached >= len(group.request.prompt):
             return None
-        sense = self.prompts.images.sense
+        media = self.prompts.media
+        sense = media.sense
         if group.seen is None:
-            group.seen = embeddings(self.network.base, sense, group.request.pictures)
+            group.seen = media.embeddings(self.network.base, group.request.pictures)
         places = [place for place, token in enumerate(tokens) if token == sense.token_id]
         before = sequence.ids[: sequence.cached].count(sense.token_id)
         return places, group.seen[before : before + len(places)]

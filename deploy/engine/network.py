@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from conversion.multimodal.configuration import CLASSES, LLAVA, LLAVA_NEXT
+from conversion.multimodal.configuration import CLASSES
 from deploy.engine import attention
 from deploy.engine.cache import RowCache
 from nemo_ext.errors import UserError
@@ -177,8 +177,8 @@ def _load(folder: Path, dtype: str | None, device: str):
 
 
 def _sees(config) -> bool:
-    """Whether it is a model with a vision tower that is served with images."""
-    return config.model_type in (LLAVA, LLAVA_NEXT)
+    """Whether it is a model with a tower that is served with images or sounds."""
+    return config.model_type in CLASSES
 
 
 def _softmax_only(config) -> bool:

@@ -11,7 +11,7 @@ from deploy.engine.request import Refused
 from nemo_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from deploy.engine.images import Images, Picture
+    from deploy.engine.images import Media, Picture
 
 _PARTS = re.compile(r"""['"]type['"]|\.type\b""")  # in a chat template that takes content as parts
 
@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path):
 
 
 def _flat(content: str | list[dict[str, str]], mark: str) -> str:
-    """Parts as one text, with a line of `mark` for an image."""
+    """Parts as one text, with a line of `mark` for an image or a sound."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] if part["type"] == "text" else f"{mark}\n" for part in content)
@@ -37,9 +37,9 @@ def _flat(content: str | list[dict[str, str]], mark: str) -> str:
 class Prompts:
     """Tokenises requests, in any thread."""
 
-    def __init__(self, tokenizer, vocabulary: int, images: Images | None = None) -> None:
-        """`images` of a model that sees."""
-        self.images = images
+    def __init__(self, tokenizer, vocabulary: int, media: Media | None = None) -> None:
+        """`media` of a model that sees or hears."""
+        self.media = media
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._lock = threading.Lock()  # Rust's tokenizers are not for two threads at once
 
@@ -51,9 +51,9 @@ class Prompts:
 
     @property
     def parts_only(self) -> bool:
-        """Whether the template of a model that sees takes content as parts, and not as text."""
+        """Whether the template of a model that sees or hears takes content as parts, and not as text."""
         template = self.chat_template
-        return self.images is not None and bool(_PARTS.search(template)) and "is string" not in template
+        return self.media is not None and bool(_PARTS.search(template)) and "is string" not in template
 
     def text(self, text: str) -> tuple[int, ...]:
         """Ids of a text, with the tokens that the tokenizer puts before one."""
@@ -80,20 +80,21 @@ class Prompts:
                 raise Refused(f"the chat template does not take these messages: {' '.join(str(error).split())[:300]}") from None
         return self._checked(ids)
 
-    def chat_with_images(
-        self, messages: list[dict[str, Any]], urls: list[str], tools: list[dict[str, Any]] | None = None
+    def chat_with_media(
+        self, messages: list[dict[str, Any]], sources: list[tuple[str, str]], tools: list[dict[str, Any]] | None = None
     ) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
-        """Ids of a conversation whose messages have content of parts, {"type": "image"} for each of `urls` in order, and the
-        pictures; each has as many placeholders in the ids as embeddings."""
-        if self.images is None:
-            raise Refused("this model reads text only: content of type image_url is not served", "unsupported_value")
-        self.images.check_count(len(urls))
+        """Ids of a conversation whose messages have content of parts, {"type": "image"} or {"type": "audio"} for each of
+        `sources` in order, (the API's type of content, what it says), and the pictures; each has as many placeholders in the ids
+        as embeddings."""
+        if self.media is None:
+            raise Refused(f"this model reads text only: content of type {sources[0][0]} is not served", "unsupported_value")
+        self.media.check([kind for kind, _ in sources])
         if not _PARTS.search(self.chat_template):
-            mark = self._tokenizer.convert_ids_to_tokens(self.images.sense.token_id)
+            mark = self._tokenizer.convert_ids_to_tokens(self.media.sense.token_id)
             messages = [message | {"content": _flat(message["content"], mark)} for message in messages]
         ids = self.chat(messages, tools)
-        pictures = tuple(self.images.picture(url) for url in urls)
-        return self.images.expand(ids, pictures), pictures
+        pictures = tuple(self.media.made(source) for _, source in sources)
+        return self.media.expand(ids, pictures), pictures
 
     def _encode(self, text: str, **more: bool) -> tuple[int, ...]:
         try:

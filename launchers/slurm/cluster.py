@@ -46,15 +46,16 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 def said(done: subprocess.CompletedProcess) -> str:
     """What a command that failed said, in one line."""
-    text = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-    return text.removeprefix(f"{done.args[0]}: ").removeprefix("error: ")[:300]
+    text = " ".join((done.stderr or done.stdout).split())
+    parts = re.split(rf"\s*\b{re.escape(done.args[0])}: (?:(?:error|fatal): )?", text)  # each message begins so
+    return "; ".join(filter(None, parts))[:300] or f"exit code {done.returncode}"
 
 
 def partitions() -> list[Partition]:
     """The cluster's partitions, by sinfo. Raises UserError where it does not answer."""
     done = run(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%G"])
     if done.returncode:
-        raise UserError(f"sinfo: {said(done)}")
+        raise UserError(f"sinfo: {said(done)}: is this a machine of the cluster, and its controller up?")
     return parse(done.stdout)
 
 

@@ -121,6 +121,18 @@ def trained(architecture: Architecture, kind: str, keys: dict[str, Any]) -> int:
     return (architecture.num_layers - top) * layer + top * keys["experts"] * (layer + inputs)
 
 
+def statistics(architecture: Architecture, kind: str | None, keys: dict[str, Any]) -> int:
+    """Bytes that an adapter of this kind keeps beside weights, gradients and optimizer states, in all layers.
+
+    AdaLoRA has two fp32 averages of each element, its importance and how uncertain that is, and of each singular value whether
+    it is kept.
+    """
+    if kind != "adalora":
+        return 0
+    values = architecture.num_layers * keys["init_rank"] * len(targets(architecture.family, keys["targets"]))
+    return 8 * trained(architecture, kind, keys) + 4 * values
+
+
 def top_layers(architecture: Architecture, keys: dict[str, Any]) -> int:
     """How many of the last layers have several experts: half of them where it is not said. Raises UserError."""
     layers = architecture.num_layers

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_ext.disk import sync, sync_tree
 from nemo_ext.errors import RunError, free_bytes
+from nemo_ext.platform.hardware import has_cuda, return_free_memory
 from nemo_ext.run_folder import (
     PARTIAL,
     checkpoints,
@@ -87,6 +88,8 @@ class AtomicCheckpoint(Checkpoint):
                 for _, old in checkpoints(self.folder)[: -self.keep]:
                     remove_checkpoint(old)
 
+        if not has_cuda():  # else what is gathered now comes on top of the activations, which are gone
+            return_free_memory()
         options = dict(finalize_fn=publish) if self.async_save else None
         trainer.save_checkpoint(partial, storage_options=options)
         if not self.async_save:

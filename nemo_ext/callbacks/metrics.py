@@ -49,6 +49,8 @@ class MetricsCallback(pl.Callback):
         wandb: the Weights & Biases project, or None. Raises `UserError` where the package is missing.
         log_every: steps between lines; validation, saving and the last step always get one.
         stop_on_nan: end the run at a loss or gradient norm that is not finite.
+        flops_per_input: of what encoders get, by modality, forward and backward, `multimodal.flops.trained_flops`; how many
+            inputs a step has says the data module's `encoded(step)`.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class MetricsCallback(pl.Callback):
         wandb: str | None = None,
         log_every: int = 1,
         stop_on_nan: bool = True,
+        flops_per_input: dict[str, float] | None = None,
     ) -> None:
         if wandb:
             sinks.import_wandb()
         self.run_dir = run_dir
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
+        self.flops_per_input = flops_per_input
         self.num_devices = num_devices
         self.max_steps = max_steps
         self.tensorboard = tensorboard
@@ -102,6 +106,13 @@ class MetricsCallback(pl.Callback):
         if self._mark is None:
             self._mark = time.perf_counter()
 
+    def _operations(self, trainer: pl.Trainer, step: int) -> float:
+        """Floating-point operations of training step `step` (from 1), over all ranks."""
+        total = self.tokens_per_step * self.flops_per_token
+        if self.flops_per_input:
+            total += sum(count * self.flops_per_input[each] for each, count in trainer.datamodule.encoded(step - 1).items())
+        return total
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -119,7 +130,7 @@ class MetricsCallback(pl.Callback):
                 "lr": self._lr,
                 "grad_norm": self._grad_norm,
                 "tokens_per_s": tokens_per_s,
-                "tflops": tokens_per_s * self.flops_per_token / self.num_devices / 1e12,
+                "tflops": self._operations(trainer, step) / step_time / self.num_devices / 1e12,
                 "memory": hardware.peak_memory() / GIB,
                 "step_time": step_time,
                 "tokens": self._tokens,

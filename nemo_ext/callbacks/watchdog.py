@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from nemo_ext import run_folder
+from nemo_ext.callbacks import rank_monitor
 from nemo_ext.run_folder import LOGS
 
 SLOW = 4  # loading, the first step, evaluating and saving may take so many times as long
@@ -32,7 +33,8 @@ class Watchdog(Callback):
     Further is: a batch, a micro batch, the optimizer's step, a batch of an evaluation, a checkpoint. A thread looks on. The first
     process that has waited too long leaves a sign in the folder, at which all others write their stacks too and say where they
     are; then each ends, and the first one writes into status.json who did not arrive (see `late`). A process that holds Python's
-    lock cannot run that thread: `faulthandler`'s own, which needs no lock, writes its stack.
+    lock cannot run that thread: `faulthandler`'s own, which needs no lock, writes its stack, and where nvidia-resiliency-ext is
+    installed, `rank_monitor` ends it after `SLOW` times `timeout`: nobody else does if it is the only one, or if all do so.
 
     `timeout` 0 is never. A trainer that is not Lightning's calls `start`, `come` and `end`.
     """
@@ -45,6 +47,7 @@ class Watchdog(Callback):
         self._training = False
         self._steps = 0  # of this start
         self._ended: threading.Event | None = None  # no lock before `setup`: NeMo copies its callbacks
+        self._monitor: rank_monitor.RankMonitor | None = None
 
     @property
     def every(self) -> float:
@@ -101,6 +104,7 @@ class Watchdog(Callback):
         if self.rank == 0:
             self._file(HUNG).unlink(missing_ok=True)
         self._stacks = open(self._file(f"rank{self.rank}.stacks"), "a")
+        self._monitor = rank_monitor.start(rank, SLOW * self.timeout, self.every)
         self.come("loading", slow=True)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -121,6 +125,8 @@ class Watchdog(Callback):
             self._ended.set()
             self._thread.join()  # it would set faulthandler's clock again
             faulthandler.cancel_dump_traceback_later()
+            if self._monitor is not None:
+                self._monitor.end()
             self._stacks.close()
             with suppress(OSError):
                 if not (file := self._file(f"rank{self.rank}.stacks")).stat().st_size:
@@ -131,6 +137,7 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         looked = time.monotonic()
         while not self._ended.wait(self.every):
+            self._beat()
             slept, looked = time.monotonic() - looked, time.monotonic()
             if slept > SUSPENDED + self.every:
                 self._since += slept  # the whole process was suspended: that is no hang of its own
@@ -138,6 +145,16 @@ class Watchdog(Callback):
             if left <= 0 or self._training and self._file(HUNG).exists():
                 return self._bark()
             faulthandler.dump_traceback_later(left + 2 * self.every, file=self._stacks)
+
+    def _beat(self) -> None:
+        """Let the monitor know that this process runs Python; one that does not answer is given up."""
+        if self._monitor is not None:
+            try:
+                self._monitor.beat()
+            except Exception as error:  # nvidia-resiliency-ext's own, which is not imported here
+                print(f"nvidia-resiliency-ext's rank monitor is gone: {error}", flush=True)
+                self._monitor.end()
+                self._monitor = None
 
     def _bark(self) -> None:
         """Write the stack and the place, wait for the others to do so, say why, and end the process."""

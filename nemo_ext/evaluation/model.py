@@ -42,8 +42,20 @@ class Answer:
 class Model:
     """Weights and tokenizer of a folder. `platform.activate()` comes before the first one."""
 
-    def __init__(self, folder: Path, name: str, dtype: str | None = None, batch: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        dtype: str | None = None,
+        batch: int | None = None,
+        *,
+        tokenizer: Path | None = None,
+        adapt: Callable[[Any], Any] | None = None,
+    ) -> None:
         """`dtype` None: float32 on a CPU, the checkpoint's own on a GPU. `batch` is the number of sequences at once.
+
+        `tokenizer` is the folder of another tokenizer than the model's own; `adapt(network)` gives what is evaluated in place of
+        the loaded network, such as the same with an adapter (`nemo_ext.evaluation.adapted`).
 
         Raises UserError for a folder that transformers cannot read or that lacks weights.
         """
@@ -53,18 +65,25 @@ class Model:
         self.folder, self.name, self.batch = folder, name, batch
         kind = getattr(torch, dtype) if dtype else "auto" if hardware.has_cuda() else torch.float32
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder)
             network, report = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, output_loading_info=True)
         except Exception as error:  # the library raises many kinds
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{folder} cannot be loaded: {lines[0]}") from error
         if report["missing_keys"]:
             raise UserError(f"{folder} lacks {len(report['missing_keys'])} tensors, first {sorted(report['missing_keys'])[0]}")
+        self._partial_logits = "logits_to_keep" in inspect.signature(network.forward).parameters
+        try:
+            network = adapt(network) if adapt else network
+        except UserError:
+            raise
+        except Exception as error:  # PEFT raises many kinds
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"{name}: the adapter does not fit {folder}: {lines[0]}") from error
         self.network = network.eval().cuda()
         config = network.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", 0) or 2048)
         self.vocabulary = int(config.vocab_size)
-        self._partial_logits = "logits_to_keep" in inspect.signature(network.forward).parameters
 
     def close(self) -> None:
         """Free the memory."""

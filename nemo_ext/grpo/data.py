@@ -18,6 +18,8 @@ from nemo_ext.data.chat.formats import Conversation, Message
 from nemo_ext.data.chat.render import Renderer, Settings
 from nemo_ext.data.split import Split
 from nemo_ext.errors import UserError
+from nemo_ext.grpo.conversation import check_template
+from nemo_ext.grpo.tools import Tools
 
 GYM = "reasoning-gym"
 GYM_SIZE = 1000  # problems of a reasoning-gym task where `size` is not given
@@ -54,16 +56,21 @@ def load(
     heldout: float = 0.1,
     max_prompt: int = 256,
     seed: int = 0,
+    tools: Tools | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Problems:
     """Read `data=`, write the prompts, and hold a share out.
 
     `system` is text, or a file of it; `prompt` a file with {question} in it. Which problems are held out is decided by a hash
     of each prompt, so that a problem that occurs twice is never on both sides. The same problem with the same answer is taken
-    once. Raises UserError, naming the place, for a record without the columns, and where no prompt fits into `max_prompt`
-    tokens or nothing is left to train on.
+    once. The template shows `tools`, if there are any. Raises UserError, naming the place, for a record without the columns, and
+    where no prompt fits into `max_prompt` tokens or nothing is left to train on.
     """
     renderer = Renderer(tokenizer, Settings(max_prompt, template))
+    shown: tuple[dict[str, Any], ...] = ()
+    if tools is not None:
+        check_template(renderer, tools)
+        shown = tuple(tools.schemas)
     wrap, before = _wrapper(prompt), _system(system)
     blend = [(source, _rows(source, question_key, answer_key, seed)) for source in sources.parse(data, sources.PROBLEMS)]
     split = Split(seed, round(heldout * 2**64))
@@ -80,7 +87,7 @@ def load(
                 progress(done, total)
             messages = [*before, *row["prompt"]] if row["prompt"][0]["role"] != "system" else row["prompt"]
             messages = [*messages[:-1], {"role": "user", "content": wrap(messages[-1]["content"])}]
-            text = _text(renderer, messages, place)
+            text = _text(renderer, messages, shown, place)
             if (whole := split.hash(f"{text}\0{row['answer']}")) in seen:
                 left_out["that occur twice"] += 1
                 continue
@@ -146,9 +153,9 @@ def _messages(question: Any, place: Any, key: str) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _text(renderer: Renderer, messages: list[dict[str, str]], place: Any) -> str:
+def _text(renderer: Renderer, messages: list[dict[str, str]], tools: tuple[dict[str, Any], ...], place: Any) -> str:
     try:
-        return renderer.text(Conversation(tuple(Message(m["role"], m["content"]) for m in messages)), prompt=True)
+        return renderer.text(Conversation(tuple(Message(m["role"], m["content"]) for m in messages), tools), prompt=True)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 

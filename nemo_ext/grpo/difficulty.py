@@ -11,16 +11,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_ext.data.chat.render import Renderer
 from nemo_ext.errors import UserError
+from nemo_ext.grpo.conversation import Conversations
 from nemo_ext.grpo.data import Problems, Row
 from nemo_ext.grpo.sampling import sample
+from nemo_ext.grpo.tools import Tools
 from nemo_ext.quiet import quiet
 
 AT_ONCE = 128  # answers
 
 
 def without_extremes(
-    problems: Problems, keys: dict[str, Any], model: Path, progress: Callable[[int, int], None] | None = None
+    problems: Problems,
+    keys: dict[str, Any],
+    model: Path,
+    progress: Callable[[int, int], None] | None = None,
+    tools: Tools | None = None,
+    renderer: Renderer | None = None,
 ) -> Problems:
     """`problems` without those to train on that `model`, a Hugging Face folder, always or never solves.
 
@@ -37,7 +45,7 @@ def without_extremes(
         def solved(answers: list[str], rows: list[Row]) -> list[bool]:
             return [value >= full / 2 for value in reward(answers, rows)]
 
-        rates = pass_rates(problems.train, keys, model, solved, progress)
+        rates = pass_rates(problems.train, keys, model, solved, progress, tools, renderer)
     kept = [row for row, rate in zip(problems.train, rates, strict=True) if 0 < rate < 1]
     if not kept:
         always = sum(rate == 1 for rate in rates)
@@ -58,6 +66,8 @@ def pass_rates(
     model: Path,
     solved: Callable[[list[str], list[Row]], Sequence[bool]],
     progress: Callable[[int, int], None] | None = None,
+    tools: Tools | None = None,
+    renderer: Renderer | None = None,
 ) -> list[float]:
     """The share of `filter_samples` sampled answers to each problem that is solved."""
     from nemo_ext import platform
@@ -73,11 +83,21 @@ def pass_rates(
     ends = sorted(loaded.end_ids())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     torch.manual_seed(keys["seed"])
-    ids = sample(
-        loaded.network, [row["ids"] for row in rows], samples, max_answer=keys["max_answer"], temperature=keys["temperature"],
-        top_p=keys["top_p"], ends=ends, pad=pad, batch=AT_ONCE, progress=progress and (lambda done: progress(done, len(rows))),
-    )  # fmt: skip
+
+    def turn(prompts: list[list[int]], group: int, limit: int):
+        return sample(
+            loaded.network, prompts[::group], group, max_answer=limit, temperature=keys["temperature"], top_p=keys["top_p"],
+            ends=ends, pad=pad,
+        ), None  # fmt: skip
+
+    conversations = Conversations(tokenizer, keys["max_answer"], ends, keys["turns"], tools, renderer)
+    at_once = max(1, AT_ONCE // samples)  # problems
+    texts: list[str] = []
+    for begin in range(0, len(rows), at_once):
+        prompts = [row["ids"] for row in rows[begin : begin + at_once] for _ in range(samples)]
+        texts += [answer.text for answer in conversations.answers(prompts, samples, turn)]
+        if progress:
+            progress(min(begin + at_once, len(rows)), len(rows))
     loaded.close()
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     passed = solved(texts, [row for row in rows for _ in range(samples)])
     return [sum(passed[begin : begin + samples]) / samples for begin in range(0, len(passed), samples)]

@@ -22,7 +22,7 @@ from nemo_ext.signals import SIGNALS, decisive
 
 GIB = 2**30
 TRAIN, HELDOUT = "problems/train.jsonl", "problems/heldout.jsonl"  # in a run's folder
-REWARD_SETTINGS = ("judge_url", "judge_model", "reward_model")
+REWARD_SETTINGS = ("judge_url", "judge_model", "judge_key_env", "reward_model", "sandbox_memory")
 GROUP_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
                "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 EVALUATED_AT_ONCE = 64  # answers
@@ -33,6 +33,13 @@ def build_reward(keys: dict[str, Any]):
     from nemo_ext import rewards
 
     return rewards.build(keys["reward"], timeout=keys["reward_timeout"], **{name: keys[name] for name in REWARD_SETTINGS})
+
+
+def build_tools(keys: dict[str, Any]):
+    """The tools of a recipe's keys, not started; None where there are none. Raises UserError."""
+    from nemo_ext.grpo.tools import Tools
+
+    return Tools(keys["tools"], keys["tool_timeout"], keys["sandbox_memory"]) if keys["tools"] else None
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -64,6 +71,7 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
     from trl import GRPOConfig
 
     from nemo_ext.callbacks.watchdog import Watchdog
+    from nemo_ext.data.chat.render import Renderer, Settings
     from nemo_ext.grpo.bad_steps import BadSteps
     from nemo_ext.grpo.trainer import Trainer
 
@@ -86,6 +94,7 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
             records.phase("training", state.global_step)
             set_seed(step_seed(keys["seed"], state.global_step))
             trainer.spent = dict.fromkeys(trainer.spent, 0.0)
+            trainer.figures = dict(trainer.sampled)
             trainer.began = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -110,14 +119,20 @@ def train(keys: dict[str, Any], run_dir: str | Path, model: str, checkpoint: str
         records.phase("evaluating", at)
         watchdog.come("evaluating", slow=True)
         batches = trainer.answers(heldout, keys["seed"], EVALUATED_AT_ONCE)
-        records.evaluation(at, *evaluation.measure(heldout, batches, trainer.reward, tokenizer, trainer.eos_token_ids))
+        records.evaluation(at, *evaluation.measure(heldout, batches, trainer.reward, trainer.eos_token_ids))
 
     watchdog = Watchdog(str(run_dir), keys["hang_timeout"])
     with build_reward(keys) as reward, ExitStack() as stack:
         stack.callback(watchdog.end)
         watchdog.start(rank=0, world=1)
         reward.check(rows + heldout)
-        trainer = Trainer(keys, rows, reward, model=model, args=GRPOConfig(**arguments), processing_class=tokenizer)
+        tools = renderer = None
+        if keys["tools"]:
+            tools, renderer = stack.enter_context(build_tools(keys)), Renderer(run_dir / "tokenizer", Settings(1))
+        trainer = Trainer(keys, rows, reward, tools, renderer, model=model, args=GRPOConfig(**arguments),
+                          processing_class=tokenizer)  # fmt: skip
+        if checkpoint:
+            trainer.go_on(Path(checkpoint))
         trainer.remove_callback(PrinterCallback)
         trainer.come = functools.partial(watchdog.come, slow=True)  # sampling takes as long as its longest answer
         trainer.add_callback(Steps())
@@ -155,4 +170,6 @@ def _record(trainer: Any, logs: dict[str, Any]) -> dict[str, Any]:
         "scoring_time": trainer.spent["scoring"],
         "training_time": took - sum(trainer.spent.values()),
     }
+    if "tools" in trainer.spent:
+        record["tools_time"] = trainer.spent["tools"]
     return record | ({"kl": logs["kl"]} if "kl" in logs else {})

@@ -8,32 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ext.evaluation import intervals
+from nemo_ext.grpo.conversation import Answer
 from nemo_ext.grpo.records import answers_file
 
 SHOWN = 2000  # characters of an answer that are kept
 
 
 def measure(
-    rows: Sequence[dict[str, Any]], batches: Iterable[list[list[int]]], reward: Any, tokenizer: Any, ends: Sequence[int]
+    rows: Sequence[dict[str, Any]], batches: Iterable[list[Answer]], reward: Any, ends: Sequence[int]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Figures and answers of an evaluation: one sampled answer (token ids) to each row.
+    """Figures and answers of an evaluation: one sampled answer to each row.
 
     `val_reward` has a bootstrap interval of 95% over problems, `val_reward_low` to `val_reward_high`; `val_length` is in tokens.
     """
-    ids = [answer for batch in batches for answer in batch]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    values = reward.score(texts, rows).total
+    found = [answer for batch in batches for answer in batch]
+    rows = [{**row, "messages": answer.messages} if answer.messages else row for row, answer in zip(rows, found, strict=True)]
+    values = reward.score([answer.text for answer in found], rows).total
     low, high = intervals.ratio([(value, 1.0) for value in values]) or (values[0], values[0])
     figures = {
         "val_reward": sum(values) / len(values),
         "val_reward_low": low,
         "val_reward_high": high,
-        "val_length": sum(map(len, ids)) / len(ids),
-        "val_cut_off": sum(answer[-1] not in ends for answer in ids) / len(ids),
+        "val_length": sum(answer.length for answer in found) / len(found),
+        "val_cut_off": sum(answer.ids[-1] not in ends for answer in found) / len(found),
     }
     answers = [
-        {"question": row["question"], "reference": row["answer"], "answer": text[:SHOWN], "reward": value}
-        for row, text, value in zip(rows, texts, values, strict=True)
+        {"question": row["question"], "reference": row["answer"], "answer": answer.shown[:SHOWN], "reward": value}
+        for row, answer, value in zip(rows, found, values, strict=True)
     ]
     return figures, answers
 

@@ -11,11 +11,6 @@ LOSSES = {"token": "dapo", "sequence": "grpo", "dr_grpo": "dr_grpo"}  # ours: TR
 
 def check(keys: dict[str, Any]) -> None:
     """Refuse what the embedded engine lacks, with the reason. Raises UserError."""
-    if keys["turns"] > 1 or keys["tools"]:
-        name = "tools" if keys["tools"] else "turns"
-        raise UserError(
-            f"{name}={keys[name]}: the embedded engine samples single answers: TRL's tools need transformers 5, NeMo has 4.57"
-        )
     for name in ("tp", "pp", "cp", "ep", "nodes", "gpus", "generation_tp"):
         if (keys[name] or 1) > 1:
             raise UserError(f"{name}={keys[name]}: the embedded engine trains on one device: {name}=1, or engine=nemo_rl")
@@ -36,13 +31,13 @@ def check(keys: dict[str, Any]) -> None:
 def trl_arguments(keys: dict[str, Any], output: str) -> dict[str, Any]:
     """The arguments of trl.GRPOConfig. `keys` has every choice made.
 
-    A step is one rollout and one optimizer step: its answers are split into micro-batches whose gradients add up.
+    A step is an update; `updates` of them learn from a rollout. Its answers are split into micro-batches whose gradients add up.
     """
     vllm = keys["backend"] == "vllm"
     passes = keys["prompts"] * keys["group"] // keys["micro_batch"]
     arguments = dict(
         output_dir=output, max_steps=keys["steps"], seed=keys["seed"], per_device_train_batch_size=keys["micro_batch"],
-        gradient_accumulation_steps=passes, steps_per_generation=passes, num_iterations=1,
+        gradient_accumulation_steps=passes, steps_per_generation=passes, num_iterations=keys["updates"],
         num_generations=keys["group"], max_completion_length=keys["max_answer"], temperature=keys["temperature"],
         top_p=keys["top_p"], top_k=0, repetition_penalty=1.0,
         loss_type=LOSSES[keys["loss"]], scale_rewards="group" if keys["normalize"] else "none", beta=keys["kl"],

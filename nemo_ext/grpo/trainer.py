@@ -5,9 +5,11 @@ Changed, each in the one method that TRL has for it (TRL 1.16.0):
 `_get_train_sampler`             problems in an order that a resumed run finds again, across passes
 `_tokenize_prompts`              prompts are token ids already
 `_generate_single_turn`          `sampling.sample`, which reads a prompt once for its group; vLLM stays TRL's
+`rollout_func`                   set where there are tools: `Conversations`, as TRL's own tools need transformers 5
 `_calculate_rewards`             our rewards, which see the whole record
 `_generate_and_score_completions`  advantages by our keys (leave-one-out among them), and dynamic sampling
 `_get_per_token_logps_and_entropies`  a prompt is read once for all its answers in training too
+`_prepare_inputs`                an answer that several updates learn from is in the checkpoints between them
 `create_scheduler`, `_save_checkpoint`  the schedule and the checkpoints of our other runs
 
 Loss, clipping, KL and the mask of truncated answers are TRL's own. Import after `nemo_ext.platform.activate()`.
@@ -26,31 +28,52 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import DynamicCache
 from trl import GRPOTrainer
-from trl.trainer.utils import pad
+from trl.trainer.utils import pad, split_tensor_dict
 
 from nemo_ext import run_folder
+from nemo_ext.data.chat.render import Renderer
 from nemo_ext.disk import sync, sync_tree
 from nemo_ext.errors import RunError
 from nemo_ext.grpo.advantages import advantages, equal_groups, problem_order, spare_problems
+from nemo_ext.grpo.conversation import Answer, Conversations
 from nemo_ext.grpo.sampling import sample
+from nemo_ext.grpo.tools import Tools
 from nemo_ext.rewards import Reward
 from nemo_ext.schedule import schedule_factor
 
+ROLLOUT = "rollout.pt"  # in a checkpoint: the answers that further updates learn from
 LEFT = ("prompt_ids", "prompt_mask")  # padded on the left; what else is a matrix, on the right
 
 
 class Trainer(GRPOTrainer):
-    """`rows` are problems of `nemo_ext.grpo.data`, `keys` those of a GRPO recipe with every choice made."""
+    """`rows` are problems of `nemo_ext.grpo.data`, `keys` those of a GRPO recipe with every choice made; `tools` are started, and
+    `renderer` has the chat template that shows their results."""
 
-    def __init__(self, keys: dict[str, Any], rows: Sequence[dict[str, Any]], reward: Reward, **trl: Any) -> None:
+    def __init__(
+        self,
+        keys: dict[str, Any],
+        rows: Sequence[dict[str, Any]],
+        reward: Reward,
+        tools: Tools | None = None,
+        renderer: Renderer | None = None,
+        **trl: Any,
+    ) -> None:
         self.keys, self.rows, self.reward = keys, rows, reward
         self.spent = {"generation": 0.0, "scoring": 0.0}  # seconds in the running step
+        if tools:
+            self.spent["tools"] = 0.0
         self.figures: dict[str, Any] = {}  # of the running step's answers
+        self.sampled: dict[str, Any] = {}  # of the last rollout's
         self.lost = False  # the running step has a loss that is no number
         self.come: Callable[[str], None] = lambda place: None  # called with what this process begins to do
         super().__init__(
             reward_funcs=[_reward], train_dataset=Dataset.from_dict({"prompt": list(map(str, range(len(rows))))}), **trl
         )
+        self.conversations = Conversations(
+            self._tokenizer, keys["max_answer"], self.eos_token_ids, keys["turns"], tools, renderer, lambda: self._timed("tools")
+        )
+        if tools:
+            self.rollout_func = self._rollout
         for model in (self.model, self.ref_model):
             if model is not None and model.base_model is model:  # Gemma 3's text model names another part than it has
                 model.base_model_prefix = "model"
@@ -58,14 +81,15 @@ class Trainer(GRPOTrainer):
     # Problems
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> list[int]:
-        """Places of problems: each step's, `group` times in a row, and the step's batch once for each of its backward passes."""
+        """Places of problems: each rollout's, `group` times in a row, and its batch once for each backward pass of updates."""
         keys = self.keys
-        order = problem_order(len(self.rows), keys["steps"] * keys["prompts"], keys["seed"])
+        rollouts = -(-keys["steps"] // keys["updates"])
+        order = problem_order(len(self.rows), rollouts * keys["prompts"], keys["seed"])
         batches = (order[begin : begin + keys["prompts"]] for begin in range(0, len(order), keys["prompts"]))
         return [
             place
             for batch in batches
-            for _ in range(self.args.steps_per_generation)
+            for _ in range(self.args.steps_per_generation * keys["updates"])
             for place in batch
             for _ in range(keys["group"])
         ]
@@ -75,13 +99,30 @@ class Trainer(GRPOTrainer):
 
     # Answers
 
-    def answers(self, rows: Sequence[dict[str, Any]], seed: int, batch: int) -> Iterator[list[list[int]]]:
-        """One answer to each of `rows` by the present weights, `batch` at a time: token ids."""
+    def answers(self, rows: Sequence[dict[str, Any]], seed: int, batch: int) -> Iterator[list[Answer]]:
+        """One answer to each of `rows` by the present weights, `batch` at a time."""
         for begin in range(0, len(rows), batch):
             torch.manual_seed(seed + begin)
-            yield self._generate_single_turn([row["ids"] for row in rows[begin : begin + batch]], None, {}, 1)[0]
+            yield self.conversations.answers([row["ids"] for row in rows[begin : begin + batch]], 1, self._turn)
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+    def _rollout(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """The answers of a step, of several turns, as TRL's `rollout_func` gives them."""
+        ids = self._tokenize_prompts(prompts)[0]
+        self._answers = self.conversations.answers(ids, self.num_generations, self._turn)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [answer.ids for answer in self._answers],
+            "logprobs": [answer.log_probs for answer in self._answers] if self.use_vllm else None,
+            "env_mask": [answer.own for answer in self._answers],
+        }
+
+    def _turn(self, prompts: list[list[int]], group: int, limit: int):
+        """A turn of at most `limit` tokens for each prompt, `group` of which in a row are the same."""
+        return self._generate_single_turn(prompts, None, {}, group, limit=limit)
+
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False, limit: int | None = None
+    ):
         with self._timed("generation"):
             if self.use_vllm:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
@@ -91,7 +132,7 @@ class Trainer(GRPOTrainer):
             try:
                 with self.accelerator.autocast():
                     found = sample(
-                        model, prompt_ids[::num_generations], num_generations, max_answer=self.max_completion_length,
+                        model, prompt_ids[::num_generations], num_generations, max_answer=limit or self.max_completion_length,
                         temperature=self.temperature, top_p=self.top_p, ends=self.eos_token_ids, pad=self._tokenizer.pad_token_id,
                     )  # fmt: skip
             finally:
@@ -100,8 +141,13 @@ class Trainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """float [answers, 1]."""
+        rows = [self.rows[int(prompt)] for prompt in prompts]
+        if self.conversations.tools:
+            completions = [answer.text for answer in self._answers]
+            rows = [{**row, "messages": answer.messages} for row, answer in zip(rows, self._answers, strict=True)]
+            self._heard += self._answers
         with self._timed("scoring"):
-            scores = self.reward.score(completions, [self.rows[int(prompt)] for prompt in prompts])
+            scores = self.reward.score(completions, rows)
         self._scores.append(scores)
         self._sampled += completion_ids_list
         if scores.message and not self._complained:
@@ -109,12 +155,12 @@ class Trainer(GRPOTrainer):
             self._complained = True
         return torch.tensor(scores.total, dtype=torch.float32, device=self.accelerator.device)[:, None]
 
-    _complained = False
+    _complained = _warned = False
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout with our advantages; with dynamic sampling, of groups whose rewards are not all equal."""
         keys, step = self.keys, self.state.global_step + 1
-        self._scores, self._sampled = [], []
+        self._scores, self._sampled, self._heard = [], [], []
         batches = [super()._generate_and_score_completions(inputs)]
         while keys["dynamic_sampling"] and (short := keys["prompts"] - int((~equal_groups(self._rewards())).sum())) > 0:
             if len(batches) == keys["dynamic_limit"]:
@@ -131,8 +177,20 @@ class Trainer(GRPOTrainer):
             chosen = (~equal_groups(rewards)).nonzero()[: keys["prompts"], 0]
             places = (chosen[:, None] * keys["group"] + torch.arange(keys["group"], device=chosen.device)).flatten()
             batch = {name: value[places] if value.ndim else value for name, value in batch.items()}
-            batch["num_items_in_batch"] = batch["completion_mask"].sum()
+            batch["num_items_in_batch"] = (batch["completion_mask"] * batch.get("tool_mask", 1)).sum()
         return batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.model.training and self._buffered_inputs is None and self._kept is not None:
+            parts, self._kept = self._kept, None
+            whole = {
+                name: value if value.ndim == 0 else torch.cat([part[name] for part in parts]) for name, value in parts[0].items()
+            }
+            device = self.accelerator.device
+            self._buffered_inputs = split_tensor_dict(
+                {name: value.to(device) for name, value in whole.items()}, self.args.steps_per_generation
+            )
+        return super()._prepare_inputs(generation_batch)
 
     def _rewards(self) -> torch.Tensor:
         """Of all answers of this step so far, float [problems, group]."""
@@ -153,7 +211,7 @@ class Trainer(GRPOTrainer):
         """Figures of a step's answers, all that were sampled."""
         parts = {name: [v for scores in self._scores for v in scores.parts[name]] for name in self._scores[0].parts}
         lengths = [len(ids) for ids in self._sampled]
-        self.figures = {
+        self.sampled = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std()),
             "equal_groups": float(equal_groups(rewards).float().mean()),
@@ -163,9 +221,21 @@ class Trainer(GRPOTrainer):
             "tokens": sum(lengths) + sum(int(batch["prompt_mask"].sum()) for batch in batches),
         }
         if len(parts) > 1:
-            self.figures |= {f"reward/{name}": sum(values) / len(values) for name, values in parts.items()}
+            self.sampled |= {f"reward/{name}": sum(values) / len(values) for name, values in parts.items()}
         if self.keys["dynamic_sampling"]:
-            self.figures["batches"] = len(batches)
+            self.sampled["batches"] = len(batches)
+        if heard := self._heard:
+            self.sampled |= {
+                "length": sum(answer.length for answer in heard) / len(heard),
+                "turns": sum(answer.turns for answer in heard) / len(heard),
+                "tool_calls": sum(answer.calls for answer in heard) / len(heard),
+                "tool_failures": sum(answer.failures for answer in heard),
+            }
+            failure = next((answer.failure for answer in heard if answer.failure), None)
+            if failure and not self._warned:
+                print(f"a call of a tool failed, which the model is told: {failure[:300]}", flush=True)
+                self._warned = True
+        self.figures = dict(self.sampled)
 
     # Likelihoods
 
@@ -230,6 +300,15 @@ class Trainer(GRPOTrainer):
     def _inner_training_loop(self, batch_size: int | None = None, *rest: Any, **named: Any):
         return super()._inner_training_loop(self.args.train_batch_size, *rest, **named)  # of this start, not of the checkpoint's
 
+    def go_on(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint between two updates of a rollout with its answers."""
+        self._step = int(checkpoint.name.removeprefix("step-")) * self.args.gradient_accumulation_steps
+        if (file := checkpoint / ROLLOUT).is_file():
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+            self._kept, self.sampled = kept["answers"], kept["figures"]
+
+    _kept: list[dict[str, torch.Tensor]] | None = None
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         keys = self.keys
 
@@ -265,6 +344,8 @@ class Trainer(GRPOTrainer):
         self.save_model(str(partial), _internal_call=True)
         self._save_optimizer_and_scheduler(str(partial))
         self._save_rng_state(str(partial))
+        if self.state.global_step % self.keys["updates"]:
+            torch.save({"answers": self._buffered_inputs, "figures": self.sampled}, partial / ROLLOUT)
         self.state.log_history = []  # metrics.jsonl has it
         self.state.save_to_json(str(partial / "trainer_state.json"))
         run_folder.write_manifest(partial)

@@ -65,13 +65,10 @@ def check_cpu() -> None:
 def bridge() -> None:
     """Let NeMo 2.7, which was written against Megatron-Core 0.15, call 0.16 too. Call it before NeMo is imported; idempotent.
 
-    What differs is found by looking, and nothing is done where nothing does, or where there is no Megatron-Core, which GRPO's
-    embedded engine does not need. `let_rotary_be_called` belongs to it, for what NeMo builds. Handled in place: 0.16 reads
-    `vocab_size` of a data set's tokenizer, and None is fine (`nemo_ext/data/module.py`); it gives layers a `padding_mask`
-    (`nemo_ext/modeling/parallel_residual.py`).
+    What differs is found by looking, and nothing is done where nothing does. `let_rotary_be_called` belongs to it, for what NeMo
+    builds. Handled in place: 0.16 reads `vocab_size` of a data set's tokenizer, and None is fine (`nemo_ext/data/module.py`); it
+    gives layers a `padding_mask` (`nemo_ext/modeling/parallel_residual.py`).
     """
-    if importlib.util.find_spec("megatron") is None:
-        return
     _let_optimizer_be_built()
     _let_zarr_be_named()
 

@@ -26,10 +26,10 @@ MOST = 50  # runs of one program
 
 
 class Code:
-    """Runs `workers` programs at a time. All tests of an answer share `timeout` seconds."""
+    """Runs `workers` programs at a time, each with `memory` bytes. All tests of an answer share `timeout` seconds."""
 
-    def __init__(self, timeout: float, workers: int, mode: str) -> None:
-        self._timeout = timeout
+    def __init__(self, timeout: float, workers: int, mode: str, memory: int = sandbox.MEMORY) -> None:
+        self._timeout, self._memory = timeout, memory
         self._means = sandbox.means(mode)
         self._threads = ThreadPoolExecutor(workers, "code")
 
@@ -74,7 +74,7 @@ class Code:
     def _run(self, program: str, tests: list[str], stdin: str, seconds: float) -> sandbox.Run:
         if seconds <= 0:
             return sandbox.Run(False, "", timed_out=True)
-        ended = sandbox.run(program, tests, using=self._means, timeout=seconds, stdin=stdin)
+        ended = sandbox.run(program, tests, using=self._means, timeout=seconds, stdin=stdin, memory=self._memory)
         if ended.refused:
             raise RunError(f"the sandbox is gone: {ended.refused}")
         return ended

@@ -97,11 +97,6 @@ def end_with_parent() -> None:
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
 
 
-def landlock_version() -> int:
-    """The version of Landlock that this kernel has switched on, 0 for none."""
-    return max(0, _libc.syscall(LANDLOCK_CALLS[0], None, ctypes.c_size_t(0), 1))
-
-
 def landlock(readable: list[str]) -> None:
     """Deny every use of files but reading what is below `readable` (Documentation/userspace-api/landlock.rst)."""
     every = (1 << 13) - 1  # the rights of the first version

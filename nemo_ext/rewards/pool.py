@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The values of a task, or why there are none."""
+    """The values of a task, numbers or texts as its job has it, or why there are none."""
 
-    values: list[float] | None
+    values: list | None
     error: str = ""
 
 

@@ -12,16 +12,19 @@ from typing import Any
 
 from nemo_ext.errors import UserError
 from nemo_ext.rewards.parts import Failures, Part, Row, Rule
+from nemo_ext.rewards.sandbox import MEMORY
 
 
 @dataclass(frozen=True)
 class Settings:
     """What rewards are told. `timeout` seconds are the most that one answer may take, `workers` the processes that score at a
-    time, `length_scale` the characters that cost a whole unit of `length`; `sandbox` is a mode of sandbox.means."""
+    time, `length_scale` the characters that cost a whole unit of `length`; `sandbox` is a mode of sandbox.means, and
+    `sandbox_memory` what a program in it may use, in MiB above an idle interpreter."""
 
     timeout: float = 10.0
     workers: int = field(default_factory=lambda: max(1, min(8, os.cpu_count() or 1)))
     sandbox: str = "auto"
+    sandbox_memory: int = MEMORY >> 20
     length_scale: int = 1000
     judge_url: str | None = None
     judge_model: str | None = None
@@ -145,7 +148,7 @@ def _math(settings: Settings, argument: str | None) -> Part:
 def _code(settings: Settings, argument: str | None) -> Part:
     from nemo_ext.rewards.code import Code
 
-    return Code(settings.timeout, settings.workers, settings.sandbox)
+    return Code(settings.timeout, settings.workers, settings.sandbox, settings.sandbox_memory << 20)
 
 
 def _reasoning_gym(settings: Settings, argument: str | None) -> Part:

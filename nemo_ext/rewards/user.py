@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,18 +18,24 @@ from nemo_ext.rewards.worker import Job
 PRELOAD = ("nemo_ext.rewards.user",)
 
 
-def load(path: str, name: str) -> Callable[[list[str], list[Row]], list[float]]:
-    """The function of a file. Its folder can be imported from. Raises UserError where it is not there."""
+def module(path: str) -> types.ModuleType:
+    """A file as a module. Its folder can be imported from."""
     file = Path(path).absolute()
     sys.path.insert(0, str(file.parent))
-    module_name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    specification = importlib.util.spec_from_file_location(module_name, file)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module_name] = module
-    specification.loader.exec_module(module)
-    function = getattr(module, name, None)
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    specification = importlib.util.spec_from_file_location(name, file)
+    loaded = importlib.util.module_from_spec(specification)
+    sys.modules[name] = loaded
+    specification.loader.exec_module(loaded)
+    return loaded
+
+
+def load(path: str, name: str) -> Callable:
+    """The function of a file. Raises UserError where it is not there."""
+    loaded = module(path)
+    function = getattr(loaded, name, None)
     if not callable(function):
-        there = [each for each, value in vars(module).items() if callable(value)]
+        there = [each for each, value in vars(loaded).items() if callable(value)]
         raise UserError(f"it has no function {name}{nearest(name, there).removesuffix('; --help shows the keys')}")
     return function
 

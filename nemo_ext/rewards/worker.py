@@ -32,8 +32,8 @@ LOOK = 2.0  # seconds between looks at whether the parent lives
 @dataclass(frozen=True)
 class Job:
     """What a worker does: `make`, as module:function, called with `arguments` in the scoring process, gives the function that
-    takes (answers, rows) and gives values. `preload`, modules or functions as module:function, is imported and called once by the
-    keeper. `means` are those of jail.confine; None: not confined."""
+    takes (answers, rows) and gives values: numbers, or texts where `text` says so. `preload`, modules or functions as
+    module:function, is imported and called once by the keeper. `means` are those of jail.confine; None: not confined."""
 
     make: str
     arguments: tuple[Any, ...] = ()
@@ -42,6 +42,7 @@ class Job:
     readable: tuple[str, ...] = ()
     memory: int = 2 << 30  # bytes above what an idle process has, where it is confined
     settings: dict[str, str] = field(default_factory=dict)  # environment
+    text: bool = False
 
 
 def main() -> None:
@@ -164,7 +165,7 @@ def _serve(job: Job, requests: int, replies: int) -> None:
             return
         try:
             answers, rows = pickle.loads(body)
-            reply = {"values": [float(value) for value in score(answers, rows)]}
+            reply = {"values": [str(value) if job.text else float(value) for value in score(answers, rows)]}
         except BaseException as error:  # MemoryError, RecursionError, SystemExit: all of them are the answer's doing
             reply = {"error": described(error)}
         send(replies, json.dumps(reply).encode())

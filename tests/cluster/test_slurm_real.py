@@ -36,9 +36,10 @@ class Desk:
 
     def __init__(self, cluster: slurm_cluster.SlurmCluster, small: SimpleNamespace, folder: Path) -> None:
         self.cluster, self.small, self.folder = cluster, small, folder
+        self.hurry = folder / "hurry"  # made when nothing more is to happen to a run
         mine = {name: value for name, value in os.environ.items() if name not in SET_BY_OTHER_TESTS}
         self.environment = {**mine, "LLM_BUILDER_CACHE": str(small.cache), "XDG_STATE_HOME": str(folder / "state"),
-                            "COLUMNS": "300", "STEP_SECONDS": "0.4",
+                            "COLUMNS": "300", "STEP_SECONDS": "0.4", "HURRY": str(self.hurry),
                             "PYTHONPATH": os.pathsep.join(filter(None, [str(UNHURRIED), mine.get("PYTHONPATH")]))}  # fmt: skip
 
     def run(self, *keys: str) -> subprocess.CompletedProcess:
@@ -90,13 +91,20 @@ def desk(cluster, small, tmp_path_factory) -> Desk:
 
 
 @pytest.fixture(scope="module")
-def alone(desk) -> Path:
-    """The folder of the run that nothing happens to, on this machine."""
+def alone(desk):
+    """The run that nothing happens to, on this machine, which goes on beside the tests; `alone()` waits for it: its folder."""
     out = desk.folder / "alone"
     command = [sys.executable, "launchers/run.py", *desk.small.keys, *RUN, "gpus=2", f"out={out}"]
-    done = subprocess.run(command, cwd=ROOT, env=desk.environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=desk.environment, **output) as run:
+
+        def wait() -> Path:
+            said, _ = run.communicate(timeout=PATIENCE)
+            assert run.returncode == 0, said
+            return out
+
+        yield wait
+        run.terminate()
 
 
 def steps_done(out: Path) -> int:
@@ -145,24 +153,9 @@ def figures(out: Path) -> dict[tuple[int, str], float]:
     return {(record["step"], name): record[name] for record in records for name in names if name in record}
 
 
-def test_a_run_on_two_machines_learns_what_one_machine_learns(desk, alone):
-    out = desk.folder / "two"
-    job = desk.submit(out)
-    ended = desk.ended(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), log(out, job)
-    assert figures(out) == figures(alone)
-    status, summary = run_folder.read_status(out), run_folder.read_json(out / "summary.json")
-    assert (status["phase"], status["step"], summary["steps"]) == ("finished", STEPS, STEPS)
-    assert [re.search(r" on (\w+) starts", (out / "logs" / f"rank{rank}.log").read_text())[1] for rank in (0, 1)] == ["n1", "n2"]
-    assert sorted(path.name for path in (out / "logs").glob("rank*.memory.json")) == ["rank0.memory.json", "rank1.memory.json"]
-    assert "held-out" in log(out, job)
-    again = desk.run(*RUN, *SLURM, f"out={out}")  # nothing to do: nothing is submitted
-    assert again.returncode == 0 and f"is complete at step {STEPS}" in again.stdout
-
-
 def test_a_run_goes_on_whatever_ends_its_job(desk, alone):
     """The time limit's warning, a job that is more urgent, a machine that loses power, a person who cancels, a process that dies,
-    a job that SLURM ends: it goes on from what was saved last, and learns what the run has learnt to which nothing happened."""
+    a job that SLURM ends: a run on two machines goes on from what was saved last, and learns what one machine learns."""
     cluster, out = desk.cluster, desk.folder / "on"
     # With restarts: up to a minute after n2 is back, SLURM tells it what it could not while n2 was gone: to end step 1 of this
     # job, which by then is that of the next start.
@@ -204,19 +197,28 @@ def test_a_run_goes_on_whatever_ends_its_job(desk, alone):
     kept = newest(out)
     cluster.check("scancel", first)  # SLURM ends it, and gives it KillWait for that; what comes next in the chain goes on
     assert desk.ended(first)["JobState"] == "CANCELLED"
+    desk.hurry.touch()
     ended = desk.ended(last)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), desk.jobs("logs", "on", "lines=0")
     ended_by_slurm, *_ = continued(out, last)
     assert ended_by_slurm > kept  # it was saved when it was told to end
 
-    assert figures(out) == figures(alone)
-    summary = run_folder.read_json(out / "summary.json")
-    assert summary["steps"] == STEPS and summary["faults"]["restarts"] >= 1
+    assert figures(out) == figures(alone())
+    status, summary = run_folder.read_status(out), run_folder.read_json(out / "summary.json")
+    assert (status["phase"], status["step"], summary["steps"]) == ("finished", STEPS, STEPS)
+    assert summary["faults"]["restarts"] >= 1 and "held-out" in log(out, last)
     assert continued(out, job) == sorted({warned, preempted, survived})
     assert cancelled in continued(out, first) and max(continued(out, first)) <= kept
     assert f"continuing {out} from step {ended_by_slurm}" in desk.jobs("logs", "on", "lines=0")
     assert desk.jobs("logs", "on", "rank=1", "lines=0").count(" on n2 starts") >= 7
+    assert [set(re.findall(r" on (\w+) starts", (out / "logs" / f"rank{rank}.log").read_text())) for rank in (0, 1)] == [
+        {"n1"},
+        {"n2"},
+    ]
+    assert sorted(path.name for path in (out / "logs").glob("rank*.memory.json")) == ["rank0.memory.json", "rank1.memory.json"]
     assert f"complete at step {STEPS}" in desk.jobs("status", "on")
+    again = desk.run(*RUN, *SLURM, f"out={out}")  # nothing to do: nothing is submitted
+    assert again.returncode == 0 and f"is complete at step {STEPS}" in again.stdout
 
 
 def test_a_sweep_is_an_array_of_jobs(desk):

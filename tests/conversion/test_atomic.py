@@ -1,6 +1,7 @@
 """A folder is under its final name complete or not at all, and what was finished before a kill is there again."""
 
 import errno
+import functools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conversion import atomic
-from conversion.atomic import JOURNAL, fingerprint, new_folder, resumable_folder
+from conversion.atomic import JOURNAL, fingerprint, new_folder, resumable_file, resumable_folder
 from nemo_ext.errors import RunError, UserError
 
 
@@ -190,6 +191,53 @@ def test_a_file_that_changes_after_it_was_finished(tmp_path):
         write(unfinished, "a")
         (unfinished.path / "weights" / "a").write_text("short")
     assert not (tmp_path / "out").exists()
+
+
+def grown(final: Path, count: int, asked: list[int], die_after: int | None = None) -> list[int]:
+    """Grow a file of a head and pieces of ten bytes, with a note in the journal every 25 bytes; return what `grow` yields."""
+
+    def piece(number: int) -> bytes:
+        asked.append(number)
+        return str(number).encode() * 10
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, resumable_file(final, "key") as unfinished:
+        patch.setattr(atomic, "GROWTH", 25)
+        file = unfinished.path / final.name
+        pieces = (functools.partial(piece, number) for number in range(count))
+        for done in unfinished.grow(file, lambda path: path.write_bytes(b"head"), pieces):
+            seen.append(done)
+            if done == die_after:
+                raise KeyboardInterrupt
+        unfinished.finish(file)
+    return seen
+
+
+def test_a_file_grows_on_where_it_was_noted(tmp_path):
+    """Noted after piece 3 (34 bytes of 25) and 6; the two pieces after that are written again."""
+    final, asked = tmp_path / "out.bin", []
+    with pytest.raises(KeyboardInterrupt):
+        grown(final, 9, asked, die_after=8)
+    partial = tmp_path / ".out.bin.unfinished" / "out.bin"
+    assert partial.stat().st_size == 84 and not final.exists()
+    assert grown(final, 9, asked) == [6, 7, 8, 9]
+    assert asked == [*range(8), 6, 7, 8]
+    assert final.read_bytes() == b"head" + b"".join(str(n).encode() * 10 for n in range(9))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
+    with pytest.raises(UserError, match="out.bin exists already"):
+        grown(final, 9, asked)
+
+
+@pytest.mark.parametrize("bytes_left", [63, 0, None])
+def test_a_growing_file_that_lost_bytes_begins_anew(tmp_path, bytes_left):
+    """64 are in the journal."""
+    final, asked = tmp_path / "out.bin", []
+    with pytest.raises(KeyboardInterrupt):
+        grown(final, 9, asked, die_after=8)
+    partial = tmp_path / ".out.bin.unfinished" / "out.bin"
+    partial.unlink() if bytes_left is None else os.truncate(partial, bytes_left)
+    assert grown(final, 9, asked) == [*range(1, 10)]
+    assert final.stat().st_size == 94
 
 
 def test_space(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_values_that_are_none(llama, tmp_path, refused):
     to = f"to=nemo:{tmp_path / 'x'}"
     refused("workers=0 must be 1 or more", f"from=hf:{llama}", to, "workers=0")
     refused("dtype=int4 is not one of float32, bfloat16, float16", f"from=hf:{llama}", to, "dtype=int4")
-    refused("max_shard= is the size of safetensors files", f"from=hf:{llama}", to, "max_shard=1GB")
+    refused("max_shard= is the size of new safetensors files", f"from=hf:{llama}", to, "max_shard=1GB")
     refused("base= is the model of an adapter", f"from=hf:{llama}", to, "base=hf:x")
     refused("tp=3 does not divide", f"from=hf:{llama}", to, "tp=3")
     for size in ("five", "-1GB", "0", "5TBs"):

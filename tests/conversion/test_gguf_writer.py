@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -235,7 +237,8 @@ def change_config(folder, **values):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("q4_k", lambda folder: None, "kind=q4_k is not one of f32, f16, bf16, q8_0, q4_0"),
+        ("q3_k", lambda folder: None, "kind=q3_k is not one of f32, f16, bf16, q8_0, q4_0, q4_k"),
+        ("q4_k", lambda folder: None, "token_embd.weight has rows of 64, q4_k has blocks of 256"),
         ("f16", lambda folder: change_config(folder, model_type="gpt_neox"), "gpt_neox"),
         ("f16", lambda folder: change_weights(folder, lambda w: w.pop("model.norm.weight")), "lacks 1 of .* model.norm.weight"),
         ("f16", lambda folder: change_weights(folder, lambda w: w["lm_head.weight"][3].fill_(1e5)), "1e.05, which f16 cannot"),
@@ -277,11 +280,80 @@ def test_an_interruption_a_kill_and_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         gguf_writer.from_hf(folder, tmp_path / "x.gguf", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    (tmp_path / ".x.gguf.partial").write_bytes(b"what a killed process left" * 100_000)
+    (tmp_path / ".x.gguf.unfinished").mkdir()
+    (tmp_path / ".x.gguf.unfinished" / "x.gguf").write_bytes(b"what a killed process left" * 100_000)
     gguf_writer.from_hf(folder, tmp_path / "x.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "x.gguf"]
     (tmp_path / "x.gguf").unlink()
-    monkeypatch.setattr(gguf_writer, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr("conversion.atomic.free_bytes", lambda path: 1000)
     with pytest.raises(UserError, match="needs 0.00 GiB, its disk has 0.00 GiB free"):
         gguf_writer.from_hf(folder, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from conversion import atomic
+from conversion.gguf import writer
+
+def die(done, total, unit):
+    if done > total * 0.35:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+atomic.GROWTH = 1 << 14
+writer.from_hf(Path(sys.argv[1]), Path(sys.argv[2]), progress=die)
+"""
+
+
+def interrupt(convert, source, target, share: float, **options) -> None:
+    """Stop `convert`(source, target) when more than `share` of it is done."""
+
+    def stop(done, total, unit):
+        if done > share * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, progress=stop, **options)
+    assert not target.exists()
+
+
+def test_writing_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """Killed while it writes, then stopped while it reads back."""
+    folder, file = tiny("llama", tmp_path / "hf"), tmp_path / "x.gguf"
+    expected = gguf_writer.from_hf(folder, tmp_path / "expected.gguf")
+    command = [sys.executable, "-c", KILLED, str(folder), str(file)]
+    run = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True)
+    assert run.returncode == -9 and not file.exists(), run.stderr
+    encoded = []
+    encode = gguf_writer._encode
+    monkeypatch.setattr(gguf_writer, "_encode", lambda name, tensor: (encoded.append(name), encode(name, tensor))[1])
+    interrupt(gguf_writer.from_hf, folder, file, 0.75)
+    assert 0 < len(encoded) < len(GGUFReader(expected.file).tensors) * 0.8
+    encoded.clear()
+    assert gguf_writer.from_hf(folder, file).largest_error == expected.largest_error and not encoded
+    assert file.read_bytes() == expected.file.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected.gguf", "hf", "x.gguf"]
+
+
+def test_reading_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    """Within the one file that it writes; files of another size begin anew."""
+    file = gguf_writer.from_hf(tiny("llama", tmp_path / "hf"), tmp_path / "x.gguf", "f32").file
+    expected = gguf.to_hf(file, tmp_path / "expected")
+    monkeypatch.setattr("conversion.atomic.GROWTH", 1 << 14)
+    interrupt(gguf.to_hf, file, tmp_path / "back", 0.6)
+    read, progress = [], []
+    stored = gguf.HFTensor.read
+    monkeypatch.setattr(gguf.HFTensor, "read", lambda tensor: (read.append(tensor.name), stored(tensor))[1])
+    gguf.to_hf(file, tmp_path / "back", progress=lambda *call: progress.append(call))
+    assert 0 < len(read) < len(load_file(expected / "model.safetensors"))
+    assert progress[0][0] > 0.4 * progress[0][1] and progress[-1][0] == progress[-1][1] and progress[-1][2] == "B"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == {
+        path.name: path.read_bytes() for path in expected.iterdir()
+    }
+    interrupt(gguf.to_hf, file, tmp_path / "shards", 0.6)
+    read.clear()
+    gguf.to_hf(file, tmp_path / "shards", max_shard_bytes=100_000)
+    assert len(read) == len(load_file(expected / "model.safetensors"))
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(tmp_path / "shards"), logits(expected))

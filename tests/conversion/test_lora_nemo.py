@@ -343,3 +343,32 @@ def test_alpha_that_is_not_whole(bases, tmp_path):
     assert settings["alpha"] / settings["dim"] == pytest.approx(2 / math.sqrt(3)) and settings["dim"] == 3
     with pytest.raises(UserError, match="leave alpha= out"):
         lora_from_nemo.convert(tmp_path / "nemo", tmp_path / "back", alpha=2)
+
+
+def test_killed_conversions_go_on(bases, tmp_path, monkeypatch):
+    """Both ways: what the first call had on disk is not written again, and the result is that of one that was not stopped."""
+    hf, _ = bases("llama")
+    lora_adapters.make(hf, tmp_path / "adapter")
+    whole = lora_to_nemo.convert(tmp_path / "adapter", hf, tmp_path / "whole")
+    back = lora_from_nemo.convert(whole, tmp_path / "back")
+
+    def killed(share, convert, *arguments):
+        """The share that was there when it went on."""
+        seen = []
+
+        def stop(done, total, unit):
+            if done > share * total:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(*arguments, progress=stop)
+        convert(*arguments, progress=lambda done, total, unit: seen.append(done / total))
+        return seen[0]
+
+    monkeypatch.setattr("conversion.atomic.GROWTH", 256)
+    assert killed(0.7, lora_to_nemo.convert, tmp_path / "adapter", hf, tmp_path / "nemo") > 0.4
+    assert killed(0.7, lora_from_nemo.convert, whole, tmp_path / "peft") > 0.6
+    expected, found = dist_checkpoint.read(whole / "weights"), dist_checkpoint.read(tmp_path / "nemo" / "weights")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k].read(0), found[k].read(0)) for k in expected)
+    for file in back.iterdir():
+        assert (tmp_path / "peft" / file.name).read_bytes() == file.read_bytes()

@@ -89,7 +89,7 @@ def asked(engine, images, text: str) -> Answers:
     messages = [{"role": "user", "content": parts if images else text}]
     if not images:
         return Answers(engine, Request(engine.prompts.chat(messages), NEW, GREEDY))
-    prompt, pictures = engine.prompts.chat_with_images(messages, [url(image) for image in images])
+    prompt, pictures = engine.prompts.chat_with_media(messages, [("image_url", url(image)) for image in images])
     return Answers(engine, Request(prompt, NEW, GREEDY, pictures=pictures))
 
 
@@ -138,7 +138,9 @@ def test_chats_over_http(llava, server, seeing):
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}], "not base64"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}], "not an image"),
         ([{"type": "image_url"}], "needs image_url"),
-        ([{"type": "input_audio", "input_audio": {}}], "content of type input_audio is not served"),
+        ([{"type": "input_audio", "input_audio": {}}], "needs input_audio"),
+        ([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}], "image_url: input_audio is not served"),
+        ([{"type": "file", "file": {}}], "content of type file is not served"),
         (content([picture(0, (200, 100))], ""), "200x100 pixels is more than the server's 10,000"),
         (content([picture(i) for i in range(3)], ""), "3 images in one request are more than the server's 2"),
         (content([picture(0)], "and <image>?"), "2 placeholders for 1 images"),
@@ -184,10 +186,10 @@ def test_published_templates_take_parts_only(llava, seeing):
         "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
         "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }} {% endfor %}{% endfor %}"
     )
-    prompts = Prompts(tokenizer, 260, seeing.prompts.images)
+    prompts = Prompts(tokenizer, 260, seeing.prompts.media)
     assert prompts.parts_only and not seeing.prompts.parts_only
     message = Message(role="user", content="hi")
     assert tokenizer.decode(prompts.chat([message.for_template(parts=prompts.parts_only)])) == "user: hi "
     message = Message(role="user", content=content([picture(0)], "what"))
-    ids, pictures = prompts.chat_with_images([message.for_template(parts=True)], message.urls)
+    ids, pictures = prompts.chat_with_media([message.for_template(parts=True)], message.media)
     assert len(pictures) == 1 and tokenizer.decode(ids) == "user: " + "<image>" * 16 + "\nwhat "

@@ -7,7 +7,8 @@ import pytest
 
 from deploy.engine.request import Refused
 from deploy.openai_api import Message
-from deploy.tools import ToolStream, calls_schema, parse
+from deploy.tools import ToolStream, calls_schema
+from nemo_ext.tool_calls import parse
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": [2]}}'
 KNOWN = ("add", "now")

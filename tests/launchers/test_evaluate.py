@@ -154,7 +154,7 @@ def test_a_nemo_checkpoint_is_as_its_hugging_face_folder(models, files, tmp_path
     "arguments,words",
     [
         (["model=hf:missing", "tasks=ppl:{f}/notes.md"], "model=hf:missing: no such folder"),
-        (["model=hg:{m}", "tasks=ppl:{f}/notes.md"], "give hf:FOLDER or nemo:RUN"),
+        (["model=hg:{m}", "tasks=ppl:{f}/notes.md"], "give hf:FOLDER, nemo:RUN or lora:FOLDER; did you mean hf:?"),
         (["model=hf:{f}", "tasks=ppl:{f}/notes.md"], "the folder has no config.json"),
         (["model=nemo:{f}", "tasks=ppl:{f}/notes.md"], "no NeMo checkpoint"),
         (["model=[hf:{m},hf:{m}]", "tasks=ppl:{f}/notes.md"], "is given twice"),

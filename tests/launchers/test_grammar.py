@@ -56,6 +56,30 @@ def test_unreadable_config(tmp_path, text):
         grammar.parse([f"config={file}"])
 
 
+def test_an_empty_part_of_a_configuration_is_no_silence(tmp_path):
+    (tmp_path / "given.yaml").write_text("recipe: cpt_llama3\ntrainer: {}\n")
+    with pytest.raises(UserError, match="unknown key trainer"):
+        grammar.parse([f"config={tmp_path / 'given.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside", "says"),
+    [("heldout", [0, 0.5, None], [1, -0.1, float("nan")], "at least 0 and below 1"),
+     ("decay", [0, 1.0], [1.1], "at least 0 and at most 1"),
+     ("seq", [1, None], [0, -1], "above 0"), ("clip", [0.0], [-1.0], "not be negative"),
+     ("spike_factor", [1.1], [1.0], "above 1")],
+)  # fmt: skip
+def test_limits_of_numbers(name, inside, outside, says):
+    from nemo_ext.command_line import check_value
+    from recipes.keys import fields
+
+    for value in inside:
+        check_value(name, value, fields()[name])
+    for value in outside:
+        with pytest.raises(UserError, match=f"{name}={value} must (be )?{says}"):
+            check_value(name, value, fields()[name])
+
+
 def test_saved_configuration_reads_back(tmp_path):
     import recipes
 

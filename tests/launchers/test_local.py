@@ -1,5 +1,6 @@
 """What the launcher says of a run that failed, from torchrun's report and the run's status."""
 
+import os
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def cause(run_dir, first=None, other=1, message="", **status):
     log.write_text("" if first is None else REPORT.format(first=first, other=other))
     run_folder.write_status(run_dir, "failed" if message else "training", message=message, **status)
     with pytest.raises((RunError, UserError)) as raised:
-        local._raise_cause(run_dir, run_folder.read_status(run_dir), log)
+        local._raise_cause(run_dir, run_folder.read_status(run_dir), log, began=1000.0)
     return raised.value
 
 
@@ -53,6 +54,19 @@ def test_reports_the_root_cause_first(tmp_path):
 def test_a_rank_that_died_suddenly_comes_before_what_the_others_say(tmp_path):
     error = cause(tmp_path, first=1, other=-9, message="RuntimeError: something about a socket")
     assert str(error).startswith("rank 2 was killed (SIGKILL; out of memory?); the same command continues")
+    assert str(cause(tmp_path, first=-11)).startswith("rank 1 was killed (SIGSEGV);")
+
+
+def test_a_rank_that_its_monitor_killed(tmp_path):
+    stacks = tmp_path / "logs" / "rank1.stacks"
+    stacks.parent.mkdir()
+    stacks.touch()  # as every start does
+    assert str(cause(tmp_path, first=-9)).startswith("rank 1 was killed (SIGKILL; out of memory?);")
+    stacks.write_text("Timeout!")
+    os.utime(stacks, (999, 999))  # of an earlier start
+    assert str(cause(tmp_path, first=-9)).startswith("rank 1 was killed (SIGKILL; out of memory?);")
+    os.utime(stacks, (1001, 1001))
+    assert str(cause(tmp_path, first=-9)).startswith(f"rank 1 was killed (SIGKILL; it stood still: {stacks} has its stacks);")
     assert str(cause(tmp_path, first=-11)).startswith("rank 1 was killed (SIGSEGV);")
 
 

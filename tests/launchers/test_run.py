@@ -67,6 +67,7 @@ def runs(small, tmp_path_factory):
                     pass
             full = command.end()
             newest = run_folder.newest_checkpoint(disk / "run" / "checkpoints")
+            shutil.copytree(disk / "run", folder / "full", ignore=shutil.ignore_patterns("checkpoints"))
             (disk / "ballast").unlink()
             command = Command(small, *keys).when(saved(newest[0] + 40))
             command.workers()[0].suspend()
@@ -126,7 +127,7 @@ def test_a_loss_that_is_no_number(runs):
 
 
 def test_a_disk_that_fills_while_training(runs):
-    """The checkpoints before it stay, and the run goes on when there is space again."""
+    """The checkpoints before it stay, and the run goes on when there is space again, as if there always had been."""
     if isinstance(runs.full_disk[0], str):
         pytest.skip(f"a small file system needs the right to mount one: {runs.full_disk[0]}")
     full, (step, _), again = runs.full_disk
@@ -135,4 +136,7 @@ def test_a_disk_that_fills_while_training(runs):
     assert f"from step {step}\n" in again.output
     assert again.code == 128 + signal.SIGTERM and again.orphans == []
     assert int(re.search(r"continues from step (\d+)", again.output)[1]) >= step + 40
-    figures(again.out)
+    undisturbed, after = run_folder.read_records(runs.folder / "full")[0], figures(again.out)
+    assert undisturbed[-1]["step"] > step  # steps that the second start made again
+    for record in undisturbed:
+        assert all(after[record["step"], name] == record[name] for name in ("loss", "lr", "grad_norm")), record

@@ -1,4 +1,5 @@
-"""A run that loses a process, and then hangs, ends with the weights of the run that did not; a sweep goes past a run that fails.
+"""A run that loses a process, then hangs, then holds Python's lock in all its processes, ends with the weights of the run that
+nothing happened to; a sweep goes past a run that fails.
 
 The runs go side by side, each on two processes: what they listen on does not meet.
 """
@@ -17,20 +18,21 @@ from commands import Command, at_step, figures, same, summary
 
 from nemo_ext import faults, run_folder
 
-STEPS, EVERY, KILLED, HUNG = 60, 20, 25, 45
-HANGING = Path(__file__).with_name("hanging")  # its sitecustomize.py lets rank 1 fall asleep once
+STEPS, EVERY, KILLED, HUNG, HELD = 60, 20, 25, 45, 50
+HANGING = Path(__file__).with_name("hanging")  # its sitecustomize.py lets rank 1 fall asleep once, and all hold Python's lock
 
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
     """What the commands said, by name."""
     folder = tmp_path_factory.mktemp("faults")
-    keys = (f"steps={STEPS}", f"every={EVERY}", "keep=5", "val_every=30", "gpus=2", "tp=1", "async_save=false", "restarts=2")
+    keys = (f"steps={STEPS}", f"every={EVERY}", "keep=5", "val_every=30", "gpus=2", "tp=1", "async_save=false", "restarts=3")
 
     def broken():
         path = os.pathsep.join(filter(None, [str(HANGING), os.environ.get("PYTHONPATH")]))
-        environment = {"PYTHONPATH": path, "HANG_ONCE": str(folder / "hung"), "HANG_STEP": str(HUNG)}
-        command = Command(small, *keys, f"out={folder / 'broken'}", "hang_timeout=15", **environment)
+        environment = {"PYTHONPATH": path, "HANG_ONCE": str(folder / "once"),
+                       "HANG_STEP": str(HUNG), "HOLD_STEP": str(HELD)}  # fmt: skip
+        command = Command(small, *keys, f"out={folder / 'broken'}", "hang_timeout=10", **environment)
         command.when(at_step(KILLED)).workers()[1].kill()
         return command.end()
 
@@ -45,24 +47,26 @@ def runs(small, tmp_path_factory):
         return SimpleNamespace(folder=folder, whole=whole, **{name: future.result() for name, future in results.items()})
 
 
-def test_a_killed_and_a_hung_rank_do_not_change_the_result(runs):
+def test_killed_and_hung_ranks_do_not_change_the_result(runs):
     assert runs.broken.code == 0, runs.broken
     assert runs.broken.orphans == []
     same(figures(runs.whole), figures(runs.folder / "broken"), 0)
 
 
 def test_restarts_are_told_and_counted(runs):
-    first, second = faults.read(runs.folder / "broken")
+    first, second, third = faults.read(runs.folder / "broken")
     assert first["message"] == "rank 1 was killed (SIGKILL; out of memory?)" and first["step"] == EVERY
     where = f"{runs.folder / 'broken' / 'logs' / 'rank*.stacks'} has the stack of every process"
     hung = re.escape(f"at step {HUNG}: rank 1 did not arrive (reading data): {where}")
     assert re.fullmatch(rf"the run stood still for \d+ s {hung}", second["message"]), second
-    assert second["step"] == 2 * EVERY
+    held = re.escape(str(runs.folder / "broken" / "logs")) + r"/rank[01]\.stacks has its stacks\)"
+    assert re.fullmatch(rf"rank [01] was killed \(SIGKILL; it stood still: {held}", third["message"]), third
+    assert second["step"] == third["step"] == 2 * EVERY
     lines = runs.broken.output.splitlines()
-    assert f"{first['message']}: restart 1 of 2, from step {EVERY}" in lines
-    assert f"{second['message']}: restart 2 of 2, from step {2 * EVERY}" in lines
-    assert summary(runs.folder / "broken")["faults"] == {"restarts": 2}
-    assert re.search(r"^faults +2 restarts$", runs.broken.output, re.M)
+    for number, (fault, step) in enumerate([(first, EVERY), (second, 2 * EVERY), (third, 2 * EVERY)], start=1):
+        assert f"{fault['message']}: restart {number} of 3, from step {step}" in lines
+    assert summary(runs.folder / "broken")["faults"] == {"restarts": 3}
+    assert re.search(r"^faults +3 restarts$", runs.broken.output, re.M)
     assert "restarts" not in summary(runs.whole).get("faults", {})
 
 
@@ -71,6 +75,7 @@ def test_every_process_left_its_stack(runs):
     sleeping, waiting = (logs / "rank1.stacks").read_text(), (logs / "rank0.stacks").read_text()
     assert "fall_asleep" in sleeping and "fall_asleep" not in waiting
     assert "torch/distributed" in waiting or "megatron/core/distributed" in waiting
+    assert "hold_the_lock" in sleeping and "hold_the_lock" in waiting
     assert list((runs.whole / "logs").glob("*.stacks")) == []
 
 

@@ -36,8 +36,8 @@ def keys(tmp_path_factory) -> list[str]:
     return text.split()
 
 
-def start(keys: list[str], out: Path) -> subprocess.Popen:
-    environment = {**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", "LLM_BUILDER_CACHE": str(out.parent / "cache")}
+def start(keys: list[str], out: Path, **more: str) -> subprocess.Popen:
+    environment = {**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", "LLM_BUILDER_CACHE": str(out.parent / "cache"), **more}
     command = [sys.executable, "launchers/run.py", *keys, f"out={out}"]
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -93,12 +93,30 @@ def test_killed_and_gone_on_with_like_one_that_was_left_alone(keys, tmp_path, ca
     assert (target / "weights").is_dir()
 
 
+def test_a_run_that_stands_still_ends_in_a_line_with_its_stacks(keys, tmp_path):
+    """The worker falls asleep while it scores the answers of step 3: four times hang_timeout later it is over."""
+    out = tmp_path / "hung"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).with_name("grpo_hanging")), os.environ.get("PYTHONPATH")]))
+    run_ = start([*keys, "hang_timeout=8"], out, PYTHONPATH=path, HANG_STEP="3")
+    output, error = run_.communicate(timeout=240)
+    assert run_.returncode == 1 and len(steps_of(out)) == 2
+    logs = out / "logs"
+    where = f"{logs}/rank0.stacks has the stacks; logs are in {logs}"
+    assert error == f"error: the run stood still for 32 s at step 3 (generation): {where}\n"
+    stacks = (logs / "rank0.stacks").read_text()
+    assert "fall_asleep" in stacks and "in train" in stacks
+    assert run_folder.newest_checkpoint(out / "checkpoints")[0] == 2  # from which the same command goes on
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
         ("answer_key=nothing", 'no "nothing": the fields are question, answer, level; name the answer with answer_key='),
         ("max_prompt=3", "no prompt fits into max_prompt=3 tokens"),
-        ("turns=2", "turns=2: the embedded engine samples single answers"),
+        ("turns=2", "turns=2 needs tools="),
+        ("tools=pyton", "tools=pyton: there is no tool pyton, did you mean python"),
+        ("tools=python", "the chat template (the tokenizer's own) shows the model no tools: template=chatml does"),
+        ("updates=0", "updates=0 must be above 0"),
         ("tp=2", "tp=2: the embedded engine trains on one device"),
         ("precision=fp8", "precision=fp8"),
         ("backend=vllm", "backend=vllm: it needs a GPU"),

@@ -98,3 +98,29 @@ def test_gpus_are_those_of_nvidia_smi():
     assert [gpu.name for gpu in machine.gpus] == [name for name, _ in listed]
     for gpu, (_, mebibytes) in zip(machine.gpus, listed, strict=True):
         assert gpu.memory_bytes == pytest.approx(int(mebibytes) * 1024**2, rel=0.05)
+
+
+FREED = """
+import resource
+from nemo_ext.platform import hardware
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+
+bytearray(b"x") * (30 << 20)  # freed at once: from now on malloc takes what is smaller from its heap
+before = resident()
+blocks = [bytearray(b"x") * (3 << 20) for _ in range(100)]
+kept = blocks[-1]
+del blocks
+freed = resident()
+hardware.return_free_memory()
+print(before, freed, resident())
+"""
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="not the GNU C library")
+def test_freed_memory_goes_back_to_the_system():
+    """300 MB in blocks of 3 MB that are freed, but for the last."""
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    before, freed, returned = map(int, done.stdout.split())
+    assert freed > before + 250 and returned < before + 30, (done.stdout, done.stderr)

@@ -165,3 +165,17 @@ def test_count_text(count, text):
 
 def test_running_mean():
     assert report._running_mean([1.0, 2.0, 6.0, 3.0, 8.0], 3) == pytest.approx([1.5, 3, 11 / 3, 17 / 3, 5.5])
+
+
+def test_answers_about_images(run_dir):
+    """Shares with their intervals, and the pictures beside what was said of them."""
+    answers = [{"question": "Name it.", "reference": "B", "before": "*no*", "after": "B", "image": "answers/0.png"}]
+    exact = {"before": (0.0, 0.0, 0.0188), "after": (0.935, 0.8921, 0.9616), "commonest": 0.1, "count": 200}
+    summary = report.write(run_dir, {"answers": answers, "exact": exact})
+    text = (run_dir / "summary.md").read_text()
+    assert "| held-out answers that are right word for word | 0.0% (0.0% to 1.9%) | 93.5% (89.2% to 96.2%) |" in text
+    line = "0.0% (0.0% to 1.9%) -> 93.5% (89.2% to 96.2%) of 200 held-out answers (Wilson's intervals of 95%); "
+    assert f"exact        {line}always the commonest answer: 10.0%" in report.terminal_lines(summary)
+    assert '<img src="answers/0.png" height="96">' in text and "- before: \\*no\\*" in text and "- reference: B" in text
+    report.write(run_dir, {"exact": {name: exact[name] for name in ("after", "commonest", "count")}})
+    assert "word for word | not measured | 93.5% (89.2% to 96.2%) |" in (run_dir / "summary.md").read_text()

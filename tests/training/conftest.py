@@ -106,6 +106,7 @@ def models(tmp_path_factory) -> dict[str, dict]:
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, tokenizer, corpus, models):
     """train(cases, processes) -> folder: `layouts.train` with the small models; losses(folder, case) reads one."""
+
     def run(cases: list[dict], processes: int, into: Path | None = None) -> Path:
         out = into or tmp_path_factory.mktemp("runs")
         layouts.train(cases, processes, out, models, tokenizer, corpus.blend())

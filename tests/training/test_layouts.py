@@ -74,7 +74,7 @@ def runs(train):
     one = [dict(name="one"), dict(name="one_untied", model="untied"), dict(name="one_layerwise", keys=dict(layer_decay=0.7)),
            *resumes,
            *again]  # fmt: skip
-    one += [dict(name="no_evaluation", keys=dict(val_batches=0))]
+    one += [dict(name="no_evaluation", keys=dict(val_batches=0, profile=3))]
     one += [
         dict(name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, global_batch=4)) for family in FAMILIES
     ]
@@ -106,6 +106,18 @@ def test_every_family_trains_from_random_weights(runs, family):
 def test_training_without_evaluation_is_the_same(runs):
     assert losses(runs, "no_evaluation")[0] == losses(runs, "one")[0]
     assert losses(runs, "no_evaluation")[1] == {}
+
+
+def test_a_profiled_step_adds_up(runs):
+    found = run_folder.read_json(run_folder.rank_profile(runs / "no_evaluation", 0))
+    record = run_folder.read_records(runs / "no_evaluation")[0][2]
+    assert found["step"] == record["step"] == 3
+    seconds = found["seconds"]
+    assert 0 < sum(seconds.values()) <= record["step_time"]
+    assert min(seconds["GEMM"], seconds["attention"], seconds["other element-wise"]) > 0
+    assert seconds["idle"] < 0.8 * sum(seconds.values())
+    assert any(name in ("aten::mm", "aten::addmm") for name, *_ in found["longest"])
+    assert (runs / "no_evaluation/logs/rank0.trace.json.gz").stat().st_size > 1000
 
 
 def test_training_learns(runs):

@@ -24,6 +24,7 @@ LARGE_EPSILON = dict(pack=False, eps=1e-5)
 ADAPTER = dict(LARGE_EPSILON, stage="instruct", rank=4, alpha=8.0, lr=1e-2)
 LORA = {**ADAPTER, "train_language": "lora"}
 TOWER_LORA = {**ADAPTER, "train_language": "frozen", "train_tower": "lora"}
+RATES = {**INSTRUCT, **LARGE_EPSILON, "tower_lr": 4e-3, "projector_lr": 2e-3}
 # and many micro batches without an image
 LAYOUTS = {**LAYOUTS, "dp2_micro1": dict(micro_batch=1, pack=False, eps=1e-5, overlap=True)}
 
@@ -86,7 +87,9 @@ def chats(model, tmp_path_factory):
 
 
 def train(cases, processes, out, model, chats):
-    cases = [dict(case, recipe="neva_llama3", model="neva", probe=True) for case in cases]
+    cases = [
+        dict(case, recipe="neva_llama3", model="neva", probe=True, keys={"data": "data.json", **case["keys"]}) for case in cases
+    ]
     models = {"neva": {name: model[name] for name in ("weights", "senses", "architecture")}}
     layouts.train(cases, processes, out, models, model["tokenizer"], chats.blend())
 
@@ -104,6 +107,8 @@ def runs(model, chats, tmp_path_factory):
             dict(name="lora", keys=LORA),
             dict(name="tower_lora", keys=TOWER_LORA),
             dict(name="stopped_tower_lora", keys=TOWER_LORA, stop_at=4),
+            dict(name="rates", keys=RATES),
+            dict(name="stopped_rates", keys=RATES, stop_at=4),
             dict(name="stopped", keys=INSTRUCT, stop_at=4),
             dict(name="again", keys=INSTRUCT, continue_copy_of="stopped"),
         ],
@@ -113,6 +118,10 @@ def runs(model, chats, tmp_path_factory):
     two += [dict(name="lora_tp2_sp", keys={**LORA, "tp": 2, "sp": True}), dict(name="lora_pp2", keys={**LORA, "pp": 2}),
             dict(name="tower_lora_tp2_sp", keys={**TOWER_LORA, "tp": 2, "sp": True}),
             dict(name="again_tower_lora_pp2", keys={**TOWER_LORA, "pp": 2}, continue_copy_of="stopped_tower_lora")]  # fmt: skip
+    two += [
+        dict(name="rates_dp2", keys=RATES),
+        dict(name="again_rates_pp2", keys={**RATES, "pp": 2}, continue_copy_of="stopped_rates"),
+    ]
     two += [dict(name="align_pp2", keys=dict(stage="align", pp=2)),
             dict(name="align_tp2_sp", keys=dict(stage="align", tp=2, sp=True)),
             dict(name="again_pp2", keys={**INSTRUCT, "pp": 2}, continue_copy_of="stopped"),
@@ -141,6 +150,11 @@ def test_aligning_equals_one_process(runs, layout):
 )
 def test_adapters_equal_one_process(runs, one, other):
     assert_same(losses(runs, one), losses(runs, other))
+
+
+@pytest.mark.parametrize("layout", ["rates_dp2", "again_rates_pp2"])
+def test_rates_of_the_parts_equal_one_process(runs, layout):
+    assert_same(losses(runs, "rates"), losses(runs, layout))
 
 
 @pytest.mark.parametrize("name", ["again", "again_pp2"])
@@ -197,10 +211,20 @@ def rows(model, chats):
         yield Collate([model["input"]])([found[8 * step + i] for i in range(8)])
 
 
-def train_theirs(theirs, batches, lr):
+def train_theirs(theirs, batches, lr, tower_lr=None, projector_lr=None):
     """(loss, gradient norm) of each step of a plain loop with torch's AdamW."""
     trained = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    parts = {"vision_tower": tower_lr or lr, "multi_modal_projector": projector_lr or lr, "language_model": lr, "lm_head": lr}
+    groups = [
+        {
+            "params": [p for name, p in theirs.named_parameters() if p.requires_grad and f"{part}." in name],
+            "lr": rate,
+            "peak": rate,
+        }
+        for part, rate in parts.items()
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     for step, batch in enumerate(batches):
         images = dict(pixel_values=batch["vision_inputs"]) if len(batch["vision_inputs"]) else {}
         logits = theirs(input_ids=batch["tokens"], **images).logits
@@ -213,7 +237,7 @@ def train_theirs(theirs, batches, lr):
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         factor = schedule_factor(step, schedule="cosine", max_steps=STEPS, warmup_steps=2, floor=0.1, decay_fraction=0.2)
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor
+            group["lr"] = group["peak"] * factor
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item(), norm.item()
@@ -222,8 +246,9 @@ def train_theirs(theirs, batches, lr):
 def test_losses_and_gradient_norms_are_transformers(runs, model, chats):
     from transformers import LlavaForConditionalGeneration
 
-    theirs = LlavaForConditionalGeneration.from_pretrained(model["hf"]).float().train()
-    assert_follows(runs, "one_unpacked", list(train_theirs(theirs, rows(model, chats), LR)), loss=1e-5, norm=1e-4)
+    for name, rates in {"one_unpacked": {}, "rates": {key: RATES[key] for key in ("tower_lr", "projector_lr")}}.items():
+        theirs = LlavaForConditionalGeneration.from_pretrained(model["hf"]).float().train()
+        assert_follows(runs, name, list(train_theirs(theirs, rows(model, chats), LR, **rates)), loss=1e-5, norm=1e-4)
 
 
 def test_an_adapter_of_the_tower_is_pefts(runs, model, chats):

@@ -196,13 +196,14 @@ class TrainingRows(torch.utils.data.Dataset):
         return len(self.source_of)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        return self.rows.row(self._documents(number))
+        return self.rows.row(self.documents(number))
 
     def weight(self, number: int) -> int:
         """The sum of a row's loss mask."""
-        return self.rows.weight(self._documents(number))
+        return self.rows.weight(self.documents(number))
 
-    def _documents(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def documents(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The samples of a row."""
         source = int(self.source_of[number])
         return self.sources[source].documents(int(self.row_of[number]), [self.seed, source])
 

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -157,6 +157,23 @@ class _Job:
     partial: Path
 
 
+@dataclass(frozen=True)
+class Options:
+    """How sources are prepared. `skip_bad` counts conversations that cannot be read instead of stopping at the first; `heldout`
+    is the share of conversations kept out of training. The result does not depend on `workers`. `progress(done, total)` is called
+    with bytes read. Raises UserError for a share that is none."""
+
+    skip_bad: bool = False
+    heldout: float = 0.02
+    seed: int = 1234
+    workers: int = 1
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.heldout < 1:
+            raise UserError(f"heldout={self.heldout}: a share of the conversations from 0 to below 1")
+
+
 def prepare(
     sources: Iterable[Source],
     tokenizer_dir: str | Path,
@@ -164,58 +181,39 @@ def prepare(
     settings: Settings,
     *,
     columns: Mapping[str, str] | None = None,
-    skip_bad: bool = False,
-    heldout: float = 0.02,
-    seed: int = 1234,
-    workers: int = 1,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> ChatCorpus:
     """Render and tokenise sources (`sources.parse(data, RECORDS)`), or find them in the cache.
 
-    `columns` names fields of unusual records (see `formats.parse`); `skip_bad` counts conversations that cannot be read instead
-    of stopping at the first. `heldout` is the share of conversations kept out of training. The result does not depend on
-    `workers`. `progress(done, total)` is called with bytes read. Raises UserError for what cannot be read, rendered, held out or
-    stored, and where no conversation of a source is left to train on.
+    `columns` names fields of unusual records (see `formats.parse`), `options` are those of `Options`. Raises UserError for what
+    cannot be read, rendered, held out or stored, and where no conversation of a source is left to train on.
     """
     reader, renderer = Reader(dict(columns or {})), Renderer(tokenizer_dir, settings)
-    return prepare_with(
-        reader, renderer, sources, cache_dir, skip_bad=skip_bad, heldout=heldout, seed=seed, workers=workers, progress=progress
-    )
+    return prepare_with(reader, renderer, sources, cache_dir, Options(**options))
 
 
 def prepare_with(
-    reader: Reader,
-    renderer: Renderer,
-    sources: Iterable[Source],
-    cache_dir: str | Path,
-    *,
-    skip_bad: bool = False,
-    heldout: float = 0.02,
-    seed: int = 1234,
-    workers: int = 1,
-    progress: Progress | None = None,
+    reader: Reader, renderer: Renderer, sources: Iterable[Source], cache_dir: str | Path, options: Options
 ) -> ChatCorpus:
     """`prepare` with another reader and renderer than those of texts."""
     sources = list(sources)
-    if not 0 <= heldout < 1:
-        raise UserError(f"heldout={heldout}: a share of the conversations from 0 to below 1")
     cache = Path(cache_dir).expanduser().absolute()
     encoder = Encoder(renderer.folder)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         contents = [content_of(source, cache) for source in sources]
-        total = sum(readers.size_of(source)[0] for source in sources)
+        total, progress = sum(readers.size_of(source)[0] for source in sources), options.progress
 
         def build(split: Split) -> list[dict]:
             metas, done = [], 0
-            job = _Job(renderer, reader, encoder.dtype, skip_bad, split, cache)
+            job = _Job(renderer, reader, encoder.dtype, options.skip_bad, split, cache)
             for source, content in zip(sources, contents, strict=True):
                 report = None if progress is None else lambda now, before=done: progress(min(before + now, total), total)
-                metas.append(_build(source, content, job, cache, workers, report))
+                metas.append(_build(source, content, job, cache, options.workers, report))
                 done += readers.size_of(source)[0]
             return metas
 
-        split = Split(seed, int(heldout * 2**64))
+        split = Split(options.seed, int(options.heldout * 2**64))
         metas = build(split)
         if (adjusted := adjust(split, metas)) != split:
             metas = build(adjusted)

@@ -61,6 +61,16 @@ class MultimodalDataModule(ChatDataModule):
         self.senses = list(senses)
         self.skip_bad = skip_bad
 
+    def encoded(self, step: int) -> dict[str, int]:
+        """How many inputs the encoder of each modality gets in training step `step` (from 0), over all ranks."""
+        size, found = self.global_batch_size, {each.sense.modality: 0 for each in self.senses}
+        sources = {each.sense.modality: each for each in self.senses}
+        for row in range(step * size, (step + 1) * size):
+            for _, _, media in self._train.documents(row):
+                for each in media:
+                    found[each.modality] += sources[each.modality].count(each.shape)
+        return found
+
     def val_dataloader(self) -> WrappedDataLoader | list:
         return self._loader(self._heldout, "validation", self.num_workers) if self._heldout is not None else []
 

@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_ext.data.chat import store
 from nemo_ext.data.chat.formats import Conversation as TextConversation
 from nemo_ext.data.chat.records import Place
 from nemo_ext.data.chat.render import Rendered, Settings
 from nemo_ext.data.chat.store import ChatCorpus
-from nemo_ext.data.corpus import Progress
-from nemo_ext.data.multimodal import formats, module, records, render
+from nemo_ext.data.multimodal import formats, module, records, render, store
 from nemo_ext.data.multimodal.formats import Conversation
 from nemo_ext.data.multimodal.inputs import Input
 from nemo_ext.data.multimodal.media import Media
@@ -139,28 +137,12 @@ class Pairs(Samples):
 
 
 def prepare(
-    sources: Iterable[Source],
-    tokenizer_dir: str | Path,
-    cache_dir: str | Path,
-    settings: Settings,
-    inputs: Iterable[Input],
-    *,
-    images: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    skip_bad: bool = False,
-    heldout: float = 0.02,
-    seed: int = 1234,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> ChatCorpus:
+    sources: Iterable[Source], tokenizer_dir: str | Path, cache_dir: str | Path, settings: Settings, inputs: Iterable[Input],
+    **options: Any,
+) -> ChatCorpus:  # fmt: skip
     """`multimodal.store.prepare` for preferences; what is too long is dropped, whatever `settings` say."""
-    inputs = tuple(inputs)
-    reader = Reader(dict(columns or {}), inputs, None if images is None else Path(images).expanduser())
     settings = dataclasses.replace(settings, train_on="last", overlong="drop")
-    renderer = Renderer(tokenizer_dir, settings, {each.sense.modality: each.sense.token_id for each in inputs})
-    return store.prepare_with(
-        reader, renderer, sources, cache_dir, skip_bad=skip_bad, heldout=heldout, seed=seed, workers=workers, progress=progress
-    )
+    return store.prepare(sources, tokenizer_dir, cache_dir, settings, inputs, reader=Reader, renderer=Renderer, **options)
 
 
 class PreferenceDataModule(module.MultimodalDataModule):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nemo_ext.data.chat import preview, store
 from nemo_ext.data.chat.render import Settings
-from nemo_ext.data.chat.store import ChatCorpus
-from nemo_ext.data.corpus import Progress
+from nemo_ext.data.chat.store import ChatCorpus, Options
 from nemo_ext.data.multimodal import glyphs
 from nemo_ext.data.multimodal.inputs import Input
 from nemo_ext.data.multimodal.media import Media, from_json
@@ -49,25 +49,24 @@ def prepare(
     *,
     images: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
-    skip_bad: bool = False,
-    heldout: float = 0.02,
-    seed: int = 1234,
-    workers: int = 1,
-    progress: Progress | None = None,
+    reader: type[Reader] = Reader,
+    renderer: type[Renderer] = Renderer,
+    **options: Any,
 ) -> ChatCorpus:
     """`chat.store.prepare` for sources (`sources.parse(data, MEDIA)`) with images and sounds for the senses of `inputs`.
 
-    `images` is the folder that paths in records are relative to, by default that of the records. Media are decoded once: a
-    conversation with one that cannot be is bad, counted with `skip_bad` and otherwise an error. The source `glyphs` stands alone,
-    with held-out pictures of its own if `heldout` is not 0.
+    `images` is the folder that paths in records are relative to, by default that of the records; `reader` and `renderer` are
+    classes, `options` those of `chat.store.Options`. Media are decoded once: a conversation with one that cannot be is bad,
+    counted with `skip_bad` and otherwise an error. The source `glyphs` stands alone, with held-out pictures of its own if
+    `heldout` is not 0.
     """
-    reader, renderer = _reader_and_renderer(tokenizer_dir, settings, inputs, images, columns)
-    options = {"skip_bad": skip_bad, "seed": seed, "workers": workers, "progress": progress}
-    sides = list(_drawn(sources, cache_dir))
-    if len(sides) == 1:
-        return store.prepare_with(reader, renderer, sides[0], cache_dir, heldout=heldout, **options)
-    corpora = [store.prepare_with(reader, renderer, side, cache_dir, heldout=0, **options) for side in sides[: 1 + (heldout > 0)]]
-    return with_heldout(*corpora) if heldout else corpora[0]
+    both = _reader_and_renderer(tokenizer_dir, settings, inputs, images, columns, reader, renderer)
+    chosen, (train, *heldout) = Options(**options), _drawn(sources, cache_dir)
+    if not heldout:
+        return store.prepare_with(*both, train, cache_dir, chosen)
+    sides = [train, *(heldout if chosen.heldout else [])]
+    corpora = [store.prepare_with(*both, side, cache_dir, replace(chosen, heldout=0)) for side in sides]
+    return with_heldout(*corpora) if chosen.heldout else corpora[0]
 
 
 def show(
@@ -94,10 +93,13 @@ def _reader_and_renderer(
     inputs: Iterable[Input],
     images: str | Path | None,
     columns: Mapping[str, str] | None,
+    reader: type[Reader] = Reader,
+    renderer: type[Renderer] = Renderer,
 ) -> tuple[Reader, Renderer]:
     inputs = tuple(inputs)
-    reader = Reader(dict(columns or {}), inputs, None if images is None else Path(images).expanduser())
-    return reader, Renderer(tokenizer_dir, settings, {each.sense.modality: each.sense.token_id for each in inputs})
+    folder = None if images is None else Path(images).expanduser()
+    placeholders = {each.sense.modality: each.sense.token_id for each in inputs}
+    return reader(dict(columns or {}), inputs, folder), renderer(tokenizer_dir, settings, placeholders)
 
 
 def _drawn(sources: Iterable[Source], cache_dir: str | Path) -> Iterator[list[Source]]:

@@ -19,6 +19,7 @@ FILE = "nemo_rl.yaml"  # the configuration in a run's folder
 ENVIRONMENT = "rewards"  # the name of our environment in `env`, and of the task that data has
 ENVIRONMENT_CLASS = "nemo_ext.rewards.nemo_rl_environment.RewardEnvironment"
 PROCESSOR = "chat_prompt"  # the name of our data processor, see problems.process
+SETTINGS = ("judge_url", "judge_model", "judge_key_env", "reward_model", "sandbox_memory")  # of rewards
 OBSERVATION = 16  # tokens left for what the environment says after an answer: NeMo-RL appends it, and where it does not fit takes
 # the answer for one that was cut off
 LENGTH_MULTIPLE = 128  # of the longest sequence: any usual tp, and 2 x cp, divide it
@@ -63,7 +64,7 @@ def emit(keys: Mapping[str, Any], architecture: Architecture, paths: Paths, vers
         **_generation(keys, architecture, length),
         **_data(keys, paths, version),
         **_run(keys, paths),
-        "env": {ENVIRONMENT: environment(keys)},
+        "env": {ENVIRONMENT: environment(keys, paths)},
     }
     values |= {path: value for path, value in _since_v080(keys, paths).items() if path in known.keys}
     for path, value in values.items():
@@ -127,10 +128,14 @@ def generation_tp(keys: Mapping[str, Any], architecture: Architecture) -> int:
     return asked
 
 
-def environment(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What our environment (`nemo_ext.rewards.nemo_rl_environment`) is told: the reward and its settings."""
-    settings = {name: keys[name] for name in ("judge_url", "judge_model", "reward_model") if keys[name] is not None}
-    return {"reward": keys["reward"], "timeout": keys["reward_timeout"], "settings": settings}
+def environment(keys: Mapping[str, Any], paths: Paths) -> dict[str, Any]:
+    """What our environment (`nemo_ext.rewards.nemo_rl_environment`) is told: the reward and its settings, and the tools."""
+    settings = {name: keys[name] for name in SETTINGS if keys[name] is not None}
+    told = {"reward": keys["reward"], "timeout": keys["reward_timeout"], "settings": settings}
+    if keys["tools"]:
+        told |= {"tools": keys["tools"], "turns": keys["turns"], "tool_timeout": keys["tool_timeout"],
+                 "memory": keys["sandbox_memory"], "tokenizer": paths.model, "template": paths.template}  # fmt: skip
+    return told
 
 
 def _grpo(keys: Mapping[str, Any], paths: Paths) -> dict[str, Any]:

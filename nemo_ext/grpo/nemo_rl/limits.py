@@ -56,9 +56,8 @@ def reasons(keys: Mapping[str, Any], architecture: Architecture, version: str) -
         yield f"temperature={keys['temperature']} must be above 0: the answers of a group would all be the same"
     if version == "v0.5.0" and keys["top_p"] < TOP_P_V050:
         yield f"top_p={keys['top_p']}: {name} takes {TOP_P_V050} or more, as its vLLM gives no probabilities after filtering"
-    if keys["turns"] > 1 or keys["tools"]:
-        key = "tools" if keys["tools"] else "turns"
-        yield f"{key}={keys[key]}: {name} asks an environment for what follows an answer, and ours scores it and runs no tools"
+    if keys["updates"] > 1:
+        yield f"updates={keys['updates']}: {name} goes over the answers of a rollout once"
     capped = architecture.attn_logit_softcapping is not None
     if capped and (keys["cp"] or 1) > 1:
         yield f"cp={keys['cp']}: {name} splits packed sequences only, which capped attention ({architecture.family}) cannot take"

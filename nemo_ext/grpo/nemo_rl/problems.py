@@ -11,12 +11,14 @@ from nemo_ext.disk import write_atomic
 from nemo_ext.errors import UserError
 from nemo_ext.grpo.nemo_rl.emit import ENVIRONMENT
 
-OURS = ("prompt", "ids", "task_name")  # what a row has beside the data record
+OURS = ("prompt", "ids", "task_name", "shown_tools")  # what a row has beside the data record
 
 
-def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write problems (`nemo_ext.grpo.data`) for `read`: the data records and their prompts, without the token ids."""
-    lines = (json.dumps({name: value for name, value in row.items() if name != "ids"}, ensure_ascii=False) for row in rows)
+def write(path: str | Path, rows: Iterable[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None) -> None:
+    """Write problems (`nemo_ext.grpo.data`) for `read`: the data records and their prompts, without the token ids, and the
+    schemas of the tools that the template shows with them."""
+    shown = {"shown_tools": tools} if tools else {}
+    lines = (json.dumps({n: value for n, value in row.items() if n != "ids"} | shown, ensure_ascii=False) for row in rows)
     write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -43,7 +45,8 @@ def process(row: dict[str, Any], spec: Any, tokenizer: Any, max_seq_length: int 
     (int64, [t]) the model continues. The environment gets the whole record as `extra_env_info`. A prompt longer than
     `max_seq_length` has loss_multiplier 0 and is cut; the launcher leaves such prompts out before.
     """
-    text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    tools = {"tools": row["shown_tools"]} if "shown_tools" in row else {}
+    text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True, **tools)
     token_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     fits = max_seq_length is None or len(token_ids) <= max_seq_length
     if not fits:

@@ -1,4 +1,5 @@
-"""Python reads this first in processes that have this folder on their path: each step of a run takes STEP_SECONDS longer."""
+"""Python reads this first in processes that have this folder on their path: each step of a run takes STEP_SECONDS longer, until
+there is a file HURRY."""
 
 import os
 import sys
@@ -13,7 +14,8 @@ def arrange() -> None:
     each_step = module.SeedEachStep.on_train_batch_start
 
     def after_a_pause(self, *rest):
-        time.sleep(float(os.environ["STEP_SECONDS"]))
+        if not os.path.exists(os.environ["HURRY"]):
+            time.sleep(float(os.environ["STEP_SECONDS"]))
         return each_step(self, *rest)
 
     module.SeedEachStep.on_train_batch_start = after_a_pause

@@ -15,7 +15,7 @@ def load(folder):
     return tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def quantized(folder, method, ids, *, kv=False, group=64, mixed=False, dtype=torch.bfloat16):
+def quantized(folder, method, ids, *, kv=None, group=64, mixed=False, dtype=torch.bfloat16):
     """The model in `folder` quantized by `method`, half of `ids` calibrating; `mixed`: the second decoder layer in FP8."""
     model, half, scales = load(folder), ids[: len(ids) // 2], None
     small = format_of(METHODS[method].format, group)

@@ -16,10 +16,10 @@ from conversion.quantization import compressed_tensors, modelopt_folder, reader
 from nemo_ext.errors import RunError, UserError
 
 CASES = [
-    ("fp8", compressed_tensors, {}), ("fp8", compressed_tensors, {"kv": True}), ("int8_sq", compressed_tensors, {}),
-    ("int4_awq", compressed_tensors, {"kv": True}), ("int4_gptq", compressed_tensors, {"group": 32}),
+    ("fp8", compressed_tensors, {}), ("fp8", compressed_tensors, {"kv": "fp8"}), ("int8_sq", compressed_tensors, {}),
+    ("int4_awq", compressed_tensors, {"kv": "fp8"}), ("int4_gptq", compressed_tensors, {"group": 32}),
     ("nvfp4", compressed_tensors, {}), ("int4_awq", compressed_tensors, {"mixed": True}),
-    ("fp8", modelopt_folder, {"kv": True}), ("int4_awq", modelopt_folder, {}), ("w4a8_awq", modelopt_folder, {}),
+    ("fp8", modelopt_folder, {"kv": "fp8"}), ("int4_awq", modelopt_folder, {}), ("w4a8_awq", modelopt_folder, {}),
     ("nvfp4", modelopt_folder, {}), ("int4_gptq", modelopt_folder, {"mixed": True}),
 ]  # fmt: skip
 

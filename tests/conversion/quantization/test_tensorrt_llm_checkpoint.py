@@ -45,9 +45,9 @@ def tokens():
 @pytest.mark.parametrize(
     "method, tp, pp, options",
     [
-        ("fp8", 2, 1, {"kv": True}),
+        ("fp8", 2, 1, {"kv": "fp8"}),
         ("fp8", 4, 1, {}),
-        ("int8_sq", 2, 2, {}),
+        ("int8_sq", 2, 2, {"kv": "int8"}),
         ("int4_awq", 2, 1, {"group": 32}),
         ("w4a8_awq", 2, 1, {}),
         ("int4_gptq", 1, 2, {"mixed": True}),
@@ -63,7 +63,7 @@ def test_reader_gives_the_measured_logits(wide, tokens, tmp_path, method, tp, pp
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["vocab_size"] == {1: 256, 2: 256, 4: 256}[tp] and config["mapping"]["world_size"] == tp * pp
     assert config["quantization"]["quant_algo"] in ("FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ", "MIXED_PRECISION")
-    assert config["quantization"]["kv_cache_quant_algo"] == ("FP8" if options.get("kv") else None)
+    assert config["quantization"]["kv_cache_quant_algo"] == {None: None, "fp8": "FP8", "int8": "INT8"}[options.get("kv")]
 
 
 @pytest.mark.parametrize("method", ["fp8", "int8_sq", "w4a8_awq"])

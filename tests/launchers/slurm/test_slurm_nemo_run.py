@@ -61,7 +61,23 @@ def test_the_same_container_is_asked_of_pyxis(job):
     assert f"--container-image={script.quote(wanted['--container-image'])} " in ours
     mounts = wanted["--container-mounts"].rpartition(",")[0]  # the last one is the folder of its own packed code
     assert f"--container-mounts={mounts})" in ours
-    assert "--kill-on-bad-exit=1" in theirs and "--kill-on-bad-exit=1" in script.render(job)
+
+
+def test_the_same_tasks_are_started():
+    """Their srun starts as many tasks as the job asks for, on all of its machines. So does ours, which says both numbers, because
+    the steps before and after it are of one task."""
+    job = VARIANTS["pyxis"]
+    (line,) = (line for line in nemo_runs(job).splitlines() if line.startswith("srun --output"))
+    theirs = {word.partition("=")[0] for word in shlex.split(line) if word.startswith("--")}
+    (train,) = (line for line in script.render(job).replace("\\\n", " ").splitlines() if "launchers.worker" in line)
+    ours = {word.partition("=")[0]: word.partition("=")[2] for word in shlex.split(train) if word.startswith("--")}
+    asked = options(nemo_runs(job))
+    assert (ours["--nodes"], ours["--ntasks-per-node"]) == (asked["nodes"], asked["ntasks-per-node"]) == ("2", "8")
+    assert ours["--kill-on-bad-exit"] == "1" and "--kill-on-bad-exit" in theirs
+    inside = {word.partition("=")[0] for word in shlex.split(script.preamble(job).partition("inside=(")[2].partition(")\n")[0])}
+    # A log of its own for each rank is written by the rank; who ends first need not wait for the others' last minute.
+    assert theirs - ours.keys() - inside == {"--output", "--wait"}
+    assert inside - theirs == {"--container-env"}  # what goes over the image's own values
 
 
 def test_what_its_requeueing_cannot_tell_apart():

@@ -1,17 +1,14 @@
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from nemo_processes import run_group
 
 from nemo_ext import platform
 from nemo_ext.data.corpus import prepare
 from nemo_ext.data.sources import parse
 
-ROOT = Path(__file__).parents[3]
 SEQ, GLOBAL = 32, 8
 
 
@@ -194,24 +191,14 @@ def test_the_module_is_plain(corpus, tmp_path):
     pickle.dumps(data.__io__.blend)
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_validation_in_nemos_trainer_is_the_mean_over_the_windows(corpus, tmp_path, tokenizer_dir, processes):
+def train(folder: Path, tokenizer_dir: Path) -> None:
+    import module_worker
+
+    module_worker.main(folder, tokenizer_dir)
+
+
+def test_validation_in_nemos_trainer_is_the_mean_over_the_windows(corpus, tmp_path, tokenizer_dir):
     """Under MegatronStrategy with data parallelism, val_loss equals the token mean computed by hand over the windows."""
     (tmp_path / "corpus.json").write_text(corpus.to_json())
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-        str(Path(__file__).with_name("module_worker.py")),
-        str(tmp_path),
-        str(tokenizer_dir),
-    ]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "MODULE OK" in result.stdout
+    run_group(2, train, tmp_path, tokenizer_dir, log=tmp_path / "log")
+    assert (tmp_path / "done").is_file(), (tmp_path / "log").read_text()[-3000:]

@@ -76,15 +76,16 @@ def write_problems(file: Path, count: int = 24) -> Path:
     return file
 
 
-def prepare(run_dir: Path, model: Path, problems: Path, **given: Any) -> dict[str, Any]:
-    """What the launcher puts into a run's folder before `embedded.train`; the keys."""
+def prepare(run_dir: Path, model: Path, problems: Path, loaded: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    """What the launcher puts into a run's folder before `embedded.train`; the keys. `loaded` goes to `data.load`."""
     import shutil
 
     from nemo_ext.grpo import data
     from nemo_ext.grpo.embedded import HELDOUT, TRAIN
 
     chosen = keys(**given)
-    found = data.load(str(problems), model, heldout=chosen["heldout"], max_prompt=chosen["max_prompt"], seed=chosen["seed"])
+    sizes = dict(heldout=chosen["heldout"], max_prompt=chosen["max_prompt"], seed=chosen["seed"])
+    found = data.load(str(problems), model, **sizes, **(loaded or {}))
     for file, rows in ((TRAIN, found.train), (HELDOUT, found.heldout)):
         (run_dir / file).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / file).write_text("".join(json.dumps(row) + "\n" for row in rows))

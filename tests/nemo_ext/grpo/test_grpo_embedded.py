@@ -3,14 +3,15 @@
 import datetime
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
-from grpo_models import prepare
+from grpo_models import keys, prepare
 
 from nemo_ext import faults, run_folder
-from nemo_ext.errors import RunError
+from nemo_ext.errors import RunError, UserError
 from nemo_ext.grpo import difficulty, embedded, evaluation
 from nemo_ext.grpo.data import Problems
 from nemo_ext.rewards import Reward
@@ -134,6 +135,64 @@ def test_a_run_that_died_goes_on_exactly(whole, tiny, sums, tmp_path, monkeypatc
         assert [record["loss"] for record in found[0]] == [record["loss"] for record in expected[0]]
 
 
+def test_several_updates_learn_from_one_rollout(tiny, sums, tmp_path, monkeypatch):
+    """The loss of the second update by hand: its ratio is of the policy after the first to that which sampled."""
+    from test_grpo_trainer import by_hand, likelihoods_of
+
+    from nemo_ext.grpo.trainer import Trainer
+
+    keys = prepare(tmp_path, tiny, sums, updates=2, steps=4, every=9, val_every=4, lr=5e-3, clip_low=0.05, clip_high=0.1, kl=0.05,
+                   warmup=0)  # fmt: skip
+    seen = []
+    compute = Trainer._compute_loss
+
+    def noted(self, model, inputs):
+        loss = compute(self, model, inputs)
+        with torch.no_grad():
+            seen.append((loss.item(), {k: v.clone() for k, v in inputs.items()}, likelihoods_of(self, inputs)))
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_compute_loss", noted)
+        embedded.train(keys, tmp_path, str(tiny))
+    assert len(seen) == 4
+    for first, second in ((seen[0], seen[1]), (seen[2], seen[3])):
+        assert torch.equal(first[1]["completion_ids"], second[1]["completion_ids"])
+        assert torch.equal(first[1]["old_per_token_logps"], second[1]["old_per_token_logps"])
+        torch.testing.assert_close(first[2], first[1]["old_per_token_logps"], rtol=1e-4, atol=1e-5)  # as it was sampled
+        assert (second[2] - second[1]["old_per_token_logps"]).abs().max() > 0.06  # and no more
+        for loss, inputs, new in (first, second):
+            expected = by_hand(
+                "token", new, inputs["old_per_token_logps"], inputs["ref_per_token_logps"], inputs, 0.05, 0.1, 0.05, 6
+            )
+            assert loss == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+    assert not torch.equal(seen[1][1]["prompt_ids"], seen[2][1]["prompt_ids"])
+    steps, _ = run_folder.read_records(tmp_path)
+    assert [record["reward"] for record in steps[::2]] == [record["reward"] for record in steps[1::2]]
+    assert steps[0]["clipped"] == 0 < steps[1]["clipped"] and steps[1]["generation_time"] == 0 < steps[0]["generation_time"]
+
+
+@pytest.mark.parametrize("micro_batch", [6, 4])
+def test_a_run_goes_on_between_two_updates(tiny, sums, tmp_path, micro_batch):
+    """From a checkpoint after the first of three updates, which holds the answers; in other micro-batches the same problems."""
+    settings = dict(SETTINGS, updates=3, steps=6, every=1, keep=9)
+    for name in ("whole", "again"):
+        keys = prepare(tmp_path / name, tiny, sums, **settings)
+    embedded.train(keys, tmp_path / "whole", str(tiny))
+    shutil.copytree(tmp_path / "whole/checkpoints/step-000004", tmp_path / "again/checkpoints/step-000004")
+    embedded.train(
+        keys | {"micro_batch": micro_batch}, tmp_path / "again", str(tiny), str(tmp_path / "again/checkpoints/step-000004")
+    )
+    expected, found = (run_folder.read_records(tmp_path / name)[0] for name in ("whole", "again"))
+    assert [record["reward"] for record in found] == [record["reward"] for record in expected[4:]]
+    if micro_batch == 6:
+        same(weights(tmp_path / "again", 6), weights(tmp_path / "whole", 6))
+    else:
+        assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected[4:]], rel=1e-3, abs=1e-5)
+    held = [file.parent.name for file in sorted((tmp_path / "whole/checkpoints").glob("*/rollout.pt"))]
+    assert held == [f"step-00000{step}" for step in (1, 2, 4, 5)]
+
+
 def test_a_watchdog_sees_how_far_it_comes(tiny, sums, tmp_path, monkeypatch):
     from nemo_ext.callbacks.watchdog import Watchdog
 
@@ -251,6 +310,20 @@ def test_failures_of_a_reward_are_counted(tiny, sums, tmp_path):
     steps, _ = run_folder.read_records(tmp_path)
     assert sum(record["reward_failures"] for record in steps) > 0
     assert all(record["equal_groups"] == 1.0 and record["loss"] == 0.0 for record in steps)
+
+
+def test_keys_of_the_sandbox_and_the_judge_reach_the_rewards(monkeypatch):
+    """A program that needs 200 MiB passes with the default and not with less; the judge's key comes from the variable named."""
+    rows = [{"question": "?", "answer": "", "tests": ["assert len(text) > 1"]}]
+    answer = "```python\ntext = 'a' * (200 << 20)\n```"
+    for memory, value in ((512, 1.0), (100, 0.0)):
+        with embedded.build_reward(keys(reward="code", sandbox_memory=memory)) as reward:
+            assert reward([answer], rows) == [value]
+    judge = dict(reward="judge", judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_key_env="A_JUDGES_KEY")
+    with pytest.raises(UserError, match="judge_key_env=A_JUDGES_KEY: the environment has no such variable"):
+        embedded.build_reward(keys(**judge))
+    monkeypatch.setenv("A_JUDGES_KEY", "secret")
+    assert "secret" not in str(keys(**judge)) and embedded.build_reward(keys(**judge)).weights == {"judge": 1.0}
 
 
 def test_problems_that_are_always_or_never_solved_are_dropped(tiny, sums, tmp_path, monkeypatch):

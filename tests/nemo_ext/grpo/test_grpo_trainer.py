@@ -24,22 +24,23 @@ class Fixed:
         return Scores(values, {"fixed": values})
 
 
-def trainer_of(folder, model, sums, reward=None, **given):
+def trainer_of(folder, model, sums, reward=None, with_tools=None, **given):
     from nemo_ext import platform
 
     platform.activate()
     from transformers import AutoTokenizer
     from trl import GRPOConfig
 
+    from nemo_ext.data.chat.render import Renderer, Settings
     from nemo_ext.grpo.embedded import TRAIN, read_rows
     from nemo_ext.grpo.trainer import Trainer
 
-    chosen = prepare(folder, model, sums, **given)
+    chosen = prepare(folder, model, sums, loaded=dict(tools=with_tools), **given)
     arguments = settings.trl_arguments(chosen, str(folder / "checkpoints"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left")
     return Trainer(
-        chosen, read_rows(folder / TRAIN), reward or Fixed(lambda answer, row: len(answer)), model=str(model),
-        args=GRPOConfig(**arguments), processing_class=tokenizer,
+        chosen, read_rows(folder / TRAIN), reward or Fixed(lambda answer, row: len(answer)), with_tools,
+        Renderer(model, Settings(1)), model=str(model), args=GRPOConfig(**arguments), processing_class=tokenizer,
     )  # fmt: skip
 
 

@@ -84,6 +84,17 @@ def test_every_key_is_the_versions_and_of_its_type(version, variant):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_tools_reach_the_environment(version):
+    config = emitted(version, tools="python", turns=3, tool_timeout=2.0, sandbox_memory=64, judge_key_env="A_JUDGES_KEY")
+    assert config["grpo"]["max_rollout_turns"] == 3
+    told = config["env"]["rewards"]
+    assert (told["tools"], told["turns"], told["tool_timeout"], told["memory"]) == ("python", 3, 2.0, 64)
+    assert told["tokenizer"] == config["policy"]["model_name"]
+    assert told["settings"] == {"judge_key_env": "A_JUDGES_KEY", "sandbox_memory": 64}  # the variable's name, not its value
+    assert "tools" not in emitted(version)["env"]["rewards"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_values_follow_the_keys(version):
     config = emitted(
         version, prompts=16, group=4, max_answer=300, max_prompt=200, temperature=0.8, seed=7, lr=2e-6, min_lr=1e-7,
@@ -130,7 +141,7 @@ def test_values_follow_the_keys(version):
     assert list(config["env"]) == ["rewards"]
     environment = config["env"]["rewards"]
     assert (environment["reward"], environment["timeout"]) == ("math:1.0,format:0.2", 3.0)
-    assert environment["settings"] == {"judge_url": "http://x/v1"}
+    assert environment["settings"] == {"judge_url": "http://x/v1", "sandbox_memory": 512}
 
 
 def test_data_of_either_version():
@@ -230,8 +241,7 @@ REFUSED = [
     ({"top_p": 0.9}, ["v0.5.0"], "top_p=0.9: NeMo-RL v0.5.0 takes 0.99 or more"),
     ({"device": "cpu"}, VERSIONS, "NeMo-RL needs GPUs: engine=embedded"),
     ({"backend": "transformers"}, VERSIONS, "backend=transformers is for engine=embedded"),
-    ({"turns": 2}, VERSIONS, "turns=2: NeMo-RL VERSION asks an environment for what follows .* runs no tools"),
-    ({"tools": "python"}, VERSIONS, "tools=python: .* runs no tools"),
+    ({"updates": 2}, VERSIONS, "updates=2: NeMo-RL VERSION goes over the answers of a rollout once"),
     ({"temperature": 0.0}, VERSIONS, "temperature=0.0 must be above 0"),
     ({"dynamic_sampling": True, "dynamic_limit": 1}, VERSIONS, "dynamic_limit=1: .* samples two batches or more"),
     ({"generation_gpus": 8}, VERSIONS, "generation_gpus=8 must leave GPUs of gpus=8 to the policy"),

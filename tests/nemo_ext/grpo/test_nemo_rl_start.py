@@ -201,6 +201,7 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = (
+        "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}"
         "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
     )
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template)
@@ -220,6 +221,14 @@ def test_a_problem_becomes_a_prompt(tmp_path, tokenizer):
         problems.read(write_rows(tmp_path / "train.jsonl", [ROWS[0], {"question": "?"}]))
     with pytest.raises(UserError, match="train.jsonl:1: prompt must be a list"):
         problems.read(write_rows(tmp_path / "train.jsonl", [{"prompt": "text"}]))
+
+
+def test_a_prompt_shows_the_tools(tmp_path, tokenizer):
+    problems.write(tmp_path / "train.jsonl", ROWS, [{"name": "2"}])
+    (row, *_) = problems.read(tmp_path / "train.jsonl")
+    datum = problems.process(row, None, tokenizer, 9, 0)
+    assert datum["message_log"][0]["content"] == "2 <user> 0 plus 0 <answer>"
+    assert datum["extra_env_info"] == {"question": "0 + 0?", "answer": "0", "tests": [0]}
 
 
 class FakeNemoRl:

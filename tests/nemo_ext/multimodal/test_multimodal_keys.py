@@ -24,8 +24,27 @@ SO400M = dict(tower="random:siglip-so400m-14-384", gpu_memory=80.0, gpus=1, micr
     ],
 )
 def test_a_stage_says_what_is_trained_and_how_fast(given, wanted):
-    keys = recipes.resolve("neva_llama3", given, cuda=False)
+    keys = recipes.resolve("neva_llama3", {"data": "chats.json", **given}, cuda=False)
     assert (keys["train_language"], keys["train_tower"], keys["lr"]) == wanted
+    assert keys["tower_lr"] is keys["projector_lr"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ("glyphs:10", "random:glyphs", "full", 2e-3, None, None)),
+        ({"data": "glyphs", "lr": 1e-4}, ("glyphs", "random:glyphs", "full", 1e-4, None, None)),
+        ({"stage": "instruct"}, ("glyphs:10", "random:glyphs", "full", 2e-5, 2e-3, 2e-3)),
+        ({"train_language": "lora", "train_tower": "frozen"}, ("glyphs:10", "random:glyphs", "frozen", 2e-4, None, 2e-3)),
+        ({"data": "glyphs", "model": "hf:own"}, ("glyphs", None, "frozen", 1e-3, None, None)),
+        ({"data": "glyphs", "tower": "hf:own"}, ("glyphs", "hf:own", "frozen", 1e-3, None, None)),
+    ],
+)
+def test_glyphs_on_a_cpu_have_what_learns_them(given, wanted):
+    """With the model and the tower that come along, and with nothing else."""
+    keys = recipes.resolve("neva_llama3", given, cuda=False)
+    assert tuple(keys[name] for name in ("data", "tower", "train_tower", "lr", "tower_lr", "projector_lr")) == wanted
+    assert recipes.resolve("neva_llama3", keys, cuda=False) == keys
 
 
 @pytest.mark.parametrize(
@@ -37,7 +56,10 @@ def test_a_stage_says_what_is_trained_and_how_fast(given, wanted):
         ("neva_llama3", {"tower": "random:whisper-tiny"}, "tower=random:whisper-tiny is of audio"),
         ("neva_llama3", {"tower": "random:glyphs", "downsample": 0}, "downsample=0"),
         ("neva_llama3", {"cp": 2}, "cp=2: embeddings of media"),
-        ("neva_llama3", {"train_language": "lora", "export": "hf"}, "export=hf: adapters"),
+        ("neva_llama3", {"stage": "instruct", "export": "lora"}, "trains no adapter: train_language=lora"),
+        ("neva_llama3", {"data": "chats.json", "tower_lr": 1e-3}, "tower_lr=0.001: the tower is frozen: train_tower=full"),
+        ("neva_llama3", {"projector_lr": 0.0}, "projector_lr=0.0 must be above 0"),
+        ("sft_llama3", {"projector_lr": 1e-3}, "projector_lr= is for recipe=neva_llama3"),
         ("alm_llama3", {"tiling": "1x2"}, "tiling= is of images"),
         ("sft_llama3", {"tower": "random:glyphs"}, "tower= is for recipe=neva_llama3, not for sft_llama3"),
     ],

@@ -228,13 +228,17 @@ def test_whisper_with_stacked_frames_is_voxtral():
 
 
 def test_recomputed_encoder_has_the_same_gradients():
+    from nemo_ext.multimodal.encoder import computed_layers
+
     module = module_of(SIGLIP, Projector()).train()
     images = torch.randn(2, 3, 16, 16)
-    found = []
+    found, passes = [], []
+    computed_layers(module.encoder, SIGLIP)[0].register_forward_pre_hook(lambda *_: passes.append(module.recompute))
     for module.recompute in (False, True):
         module.zero_grad()
         module(images, torch.arange(32)).square().sum().backward()
         found.append([p.grad.clone() for p in module.parameters() if p.requires_grad])
+    assert passes == [False, True, True]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_ext import rewards
+from nemo_ext import platform, rewards
 from nemo_ext.errors import UserError
 from nemo_ext.rewards import nemo_rl_environment
 
@@ -57,7 +57,7 @@ def test_step_scores_a_batch(actor):
     assert found.rewards.tolist() == [1.5, 1.0, 0.0] and found.rewards.dtype == torch.float32
     assert found.terminateds.tolist() == [1.0, 1.0, 1.0]
     assert found.observations[0] == {"role": "environment", "content": "Environment: reward 1.5"}
-    assert found.metadata is metadata and found.next_stop_strings == [None] * 3 and found.answers is None
+    assert found.metadata == metadata and found.next_stop_strings == [None] * 3 and found.answers is None
     assert metadata[1] == {"ground_truth": "2"}
     batch = {"total_reward": found.rewards}
     same, metrics = environment.global_post_process_and_metrics(batch)
@@ -76,9 +76,43 @@ def test_the_same_values_as_without_nemo_rl(actor):
         assert environment.step(logs, rows).rewards.tolist() == reward(answers, rows)
 
 
-def test_turns_and_tools_are_refused(actor):
-    with pytest.raises(UserError, match="turns=3"):
-        actor[0]({"reward": "exact", "turns": 3, "tools": "x.py"})
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    """A folder with a tokenizer; transformers is there before anything stands in for Ray."""
+    sys.path.append(str(Path(__file__).parents[1] / "grpo"))
+    from grpo_models import write_tokenizer
+
+    platform.activate()
+    importlib.import_module("transformers")
+    write_tokenizer(folder := tmp_path_factory.mktemp("tokenizer"))
+    return folder
+
+
+def test_calls_of_tools_are_answered_until_the_last_turn(tokenizer, actor, tmp_path):
+    """Turns that call tools get the template's text with the results and no reward; the others end, and so does the last."""
+    (tmp_path / "mine.py").write_text(
+        "def add(a: int, b: int) -> int:\n    'Adds.'\n    return a + b\n"
+        "def heard(answers, rows):\n    return [len(row['messages']) for row in rows]\n"
+    )
+    told = {"tools": f"{tmp_path}/mine.py:add", "turns": 2, "tool_timeout": 5.0, "memory": 128,
+            "tokenizer": str(tokenizer), "template": "chatml"}  # fmt: skip
+    environment = actor[0]({"reward": f"exact,{tmp_path}/mine.py:heard:0.1", "timeout": 5.0, **told})
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": %s}}</tool_call>'
+    logs = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+            for said in (f"so {call % 1}", "2", call % '"x"')]  # fmt: skip
+    found = environment.step(logs, [{"answer": "2"}] * 3)
+    assert found.terminateds.tolist() == [0.0, 1.0, 0.0]
+    assert found.rewards.tolist() == pytest.approx([0.0, 1.1, 0.0])
+    assert found.observations[0]["content"] == "\n<|im_start|>tool\n2<|end|>\n<|im_start|>assistant\n"
+    assert "error: TypeError" in found.observations[2]["content"]
+    for log, observation, said in zip(logs, found.observations, (call % 2, "", "2"), strict=True):
+        log += [observation, {"role": "assistant", "content": said}]
+    again = environment.step([logs[0], logs[2]], [found.metadata[0], found.metadata[2]])
+    assert again.terminateds.tolist() == [1.0, 1.0]
+    assert again.rewards.tolist() == pytest.approx([0.3, 1.3])  # a call is no answer; three messages each
+    metrics = environment.global_post_process_and_metrics({})[1]
+    assert (metrics["tool_calls"], metrics["tool_failures"]) == (2.0, 1.0)
+    environment.shutdown()
 
 
 def test_without_nemo_rl_one_line():

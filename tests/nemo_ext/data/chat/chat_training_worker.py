@@ -1,4 +1,4 @@
-"""Trains a tiny Llama in NeMo's trainer on the same conversations, in several cases. Arguments: plan (JSON), results (JSON).
+"""Trains a tiny Llama in NeMo's trainer on the same conversations, in several cases.
 
 Start-up of NeMo is paid once: between cases the model-parallel groups are built anew.
 """
@@ -6,7 +6,6 @@ Start-up of NeMo is paid once: between cases the model-parallel groups are built
 import gc
 import json
 import os
-import sys
 from pathlib import Path
 
 from nemo_ext import platform
@@ -97,10 +96,10 @@ def run(plan: dict, case: dict) -> Record:
     return record
 
 
-def main() -> None:
+def main(plan: dict, out: Path) -> None:
+    """Run all cases of the plan, and leave what `Record` holds of each in the JSON file `out`."""
     torch.set_num_threads(1)
     set_up_again()
-    plan = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     for case in plan["cases"]:
         record = run(plan, case)
@@ -110,9 +109,5 @@ def main() -> None:
         reset()
         gc.collect()
     if int(os.environ["RANK"]) == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        out.write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

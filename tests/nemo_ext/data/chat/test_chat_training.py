@@ -2,22 +2,20 @@
 conversations are packed and spread over micro batches and processes."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from chat_samples import turns
 from corpus_texts import PROSE
+from nemo_processes import run_group
 
 from nemo_ext.data.chat.pack import pack
 from nemo_ext.data.chat.render import Settings
 from nemo_ext.data.chat.store import Samples, prepare
 from nemo_ext.data.sources import RECORDS, parse
 
-ROOT = Path(__file__).parents[4]
 SEQ, PACKS, CONVERSATIONS = 96, 8, 16
 TOLERANCE = 1e-5
 
@@ -43,6 +41,13 @@ def corpus(tmp_path_factory, bare):
             assert result.unit == 10 and result.heldout_documents == 6
             return result
     raise AssertionError("no corpus of the wanted shape")
+
+
+def train(plan: dict, out: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[3] / "training"))  # layouts
+    import chat_training_worker
+
+    chat_training_worker.main(plan, out)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +80,7 @@ def runs(corpus, bare, tmp_path_factory):
     results = {}
     for processes, cases in ((1, one), (2, two)):
         plan = {"tokenizer": str(bare), "seq": SEQ, "blend": corpus.blend(), "cases": cases}
-        (folder / "plan.json").write_text(json.dumps(plan))
-        worker = [str(Path(__file__).with_name("chat_training_worker.py")), str(folder / "plan.json"), str(folder / "out.json")]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'training'}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        run_group(processes, train, plan, folder / "out.json", log=folder / "log")
         results.update(json.loads((folder / "out.json").read_text()))
     return results
 
