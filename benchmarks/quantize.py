@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from nemo_ext.run_folder import write_json  # noqa: E402
 
-FORMATS = {"w4a8_awq": "modelopt", "q8_0": "gguf", "q4_0": "gguf"}  # others: compressed_tensors
-METHODS = ("fp8", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "q8_0", "q4_0")
+FORMATS = {"w4a8_awq": "modelopt", "q8_0": "gguf", "q4_0": "gguf", "q4_k": "gguf"}  # others: compressed_tensors
+METHODS = ("fp8", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "q8_0", "q4_0", "q4_k")
 REPORTED = ("format", "loss", "bytes", "bits_per_weight", "verification", "seconds")
 PACKAGES = ("torch", "transformers", "nvidia-modelopt")
 

@@ -382,34 +382,41 @@ class Job:
 
 
 def check(folder: Path, quantized: Quantized, ids: torch.Tensor) -> str:
-    """Read the artifact back by its format's rules and compare its logits with those that were measured; what was found, in
-    words.
+    """Read the artifact back by its format's rules and compare what it computes with what was measured; what was found, in words.
 
-    Raises RunError if they differ by more than the order of sums explains.
+    The weights, what every module gives for the same input, and the logits; these not on a GPU where inputs are rounded, because
+    products whose sums have another order there make as much of a difference as the quantization. Raises RunError if any differ
+    by more than the order of sums explains.
     """
     import torch
 
     from conversion.dtypes import NAMES
-    from conversion.quantization import onnx_file, reader, reader_tensorrt_llm
+    from conversion.quantization import onnx_file, reader, reader_tensorrt_llm, verify
 
     like = next(parameter for parameter in quantized.model.parameters() if parameter.is_floating_point())
+    agreement, noise = AGREEMENT[NAMES[like.dtype]], 0.0
+    rounds = bool(quantized.kv_cache) or any(form.activation for form in quantized.plan.values())
     with bar("reading back", len(ids), "windows") as progress, torch.no_grad():
         if (folder / onnx_file.NAME).is_file():
-            theirs = onnx_file.logits(folder, ids)
-            who = "computed by onnxruntime"
+            who, theirs = "computed by onnxruntime", onnx_file.logits(folder, ids)
+            ours = reader.logits(quantized.model, ids)
+            if rounds:
+                noise = 2 * float((ours - _shaken(quantized.model, ids)).abs().max())
         else:
-            who = "read back by the format's rules"
             same = {"dtype": like.dtype, "device": like.device}
             if (folder / "rank0.safetensors").is_file():
-                theirs = reader_tensorrt_llm.logits(folder, ids, quantized.config, **same)
+                found, model = reader_tensorrt_llm.load(folder, quantized.config, **same)
             else:
-                theirs = reader.logits(folder, ids, **same)
-        ours = quantized.model(ids.to(like.device), use_cache=False).logits.float().cpu()
+                found, model = reader.load(folder, **same)
+            verify.weights(quantized, model)
+            ours, worst = verify.outputs(quantized, found, model, ids, agreement)
+            who = f"read back by the format's rules, modules differ for the same input by at most {worst:.2g} of their output"
+            theirs = reader.logits(model, ids)
+            if rounds and like.is_cuda:
+                noise = math.inf
         progress(len(ids))
-        rounds = any(form.activation for form in quantized.plan.values())
-        shaken = _shaken(quantized.model, ids) if rounds and who.startswith("computed") else ours
     difference = float((ours - theirs).abs().max())
-    allowed = max(AGREEMENT[NAMES[like.dtype]] * float(ours.abs().max()), 2 * float((ours - shaken).abs().max()))
+    allowed = max(agreement * float(ours.abs().max()), noise)
     if not difference <= allowed:
         raise RunError(
             f"{who}, the artifact's logits differ by {difference:.3g} from the measured ones, {allowed:.3g} is allowed"

@@ -112,8 +112,8 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         overlap_grad_reduce=keys["overlap"],
         overlap_param_gather=keys["overlap"] and distributed,
         grad_reduce_in_fp32=True,
-        # raises on the rank that sees one; loss scaling, and a guard, want to see it after the sum over the ranks
-        check_for_nan_in_grad=keys["on_nan"] == "stop" and keys["precision"] != "fp16",
+        # MetricsCallback looks at the norm that clipping needs; this looks at every bucket, and a GPU is waited for each time
+        check_for_nan_in_grad=keys["on_nan"] == "stop" and keys["precision"] != "fp16" and not keys["clip"],
     )
     trained, what, inputs = None, {}, None
     saved, frozen = architecture.num_parameters(), 0

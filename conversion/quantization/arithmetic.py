@@ -3,7 +3,8 @@
 ModelOpt computes with CUDA kernels and differs from them on a CPU: there its FP8 does not saturate (what is larger than
 calibrated becomes NaN), its integers are multiplied by the rounded reciprocal of a scale where formats and runtimes divide by the
 scale, and NVFP4 is refused. With one arithmetic a model measures the same everywhere, and what an artifact gives can be compared
-bit by bit.
+bit by bit. On a GPU torch multiplies by the rounded reciprocal where a tensor is divided by a number (and not by another tensor):
+`over` divides.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def install() -> None:
     tensor_quant.dynamic_block_quantize_op = dynamic_blocks
 
 
+def over(x: torch.Tensor, number: float) -> torch.Tensor:
+    """`x` in fp32 divided by `number`, correctly rounded on every device."""
+    return x.float() / torch.full((), number, dtype=torch.float32, device=x.device)
+
+
 def fake_int(
     x: torch.Tensor, amax: torch.Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> torch.Tensor:
@@ -51,14 +57,14 @@ def fake_int(
     if unsigned:
         raise NotImplementedError("unsigned integers")
     largest = 2 ** (num_bits - 1) - 1
-    scale = amax.float() / largest
+    scale = over(amax, largest)
     codes = (x.float() / scale).round().clamp(-largest - (not narrow_range), largest)
     return (codes * scale).to(x.dtype)
 
 
 def fake_fp8(x: torch.Tensor, amax: torch.Tensor | None) -> torch.Tensor:
     """`x` rounded to E4M3 with the scale amax / 448 (1 without amax), larger values as the largest."""
-    scale = 1.0 if amax is None else amax.float() / FP8_MAX
+    scale = 1.0 if amax is None else over(amax, FP8_MAX)
     rounded = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return (rounded.float() * scale).to(x.dtype)
 
@@ -75,7 +81,7 @@ def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
 def nvfp4_scales(x: torch.Tensor, block: int, amax: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales of blocks along the last dimension, E4M3 `[..., n / block]`, and the fp32 scale of the tensor that multiplies
     them."""
-    outer = torch.as_tensor(amax, dtype=torch.float32, device=x.device).max() / (E2M1_MAX * FP8_MAX)
+    outer = over(torch.as_tensor(amax, dtype=torch.float32, device=x.device).max(), E2M1_MAX * FP8_MAX)
     largest = x.float().unflatten(-1, (-1, block)).abs().amax(-1)
     scales = (largest / (E2M1_MAX * outer)).clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
     return scales, outer

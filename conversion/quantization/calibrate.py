@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from conversion.quantization import arithmetic, layers
-from conversion.quantization.formats import FP8_MAX, INT4_MAX, INT8_MAX, Format
+from conversion.quantization.formats import E2M1_MAX, FP8_MAX, INT4_MAX, INT8_MAX, Format
 
 Progress = Callable[[int], None]
 PASSES = {"awq_lite": 2, "smoothquant": 1}  # AWQ collects statistics, then tries its scales
@@ -98,8 +98,8 @@ def quantize(
         module = model.get_submodule(name)
         inner = module.weight_quantizer if each.name == "w4a8" else [module.weight_quantizer]
         for quantizer in [*inner, module.input_quantizer]:
-            if quantizer.is_enabled and quantizer.num_bits != (2, 1):  # of NVFP4 the scale is stored in fp32
-                _round_scale(quantizer, dtype)
+            if quantizer.is_enabled:
+                _make_invertible(quantizer) if quantizer.num_bits == (2, 1) else _round_scale(quantizer, dtype)
     if kv_cache:
         for module in model.modules():
             if hasattr(module, "k_bmm_quantizer"):
@@ -132,8 +132,15 @@ def _modelopt(model: nn.Module, config: dict[str, Any], batches: Batches | None)
 def _round_scale(quantizer: nn.Module, dtype: torch.dtype) -> None:
     """Make the quantizer's scale one that `dtype` has: amax is the scale times the largest code, which fp32 holds exactly."""
     largest = {(4, 3): FP8_MAX, 8: INT8_MAX, 4: INT4_MAX}[quantizer.num_bits]
-    scale = (quantizer.amax.float() / largest).to(dtype).float().clamp(min=torch.finfo(dtype).smallest_normal)
+    scale = arithmetic.over(quantizer.amax, largest).to(dtype).float().clamp(min=torch.finfo(dtype).smallest_normal)
     quantizer.amax = scale * largest
+
+
+def _make_invertible(quantizer: nn.Module) -> None:
+    """Make NVFP4's fp32 scale of the tensor the next larger one that is the reciprocal of its reciprocal, which is what
+    compressed-tensors stores; of others a bit is lost, and blocks on a boundary get another scale."""
+    while (scale := arithmetic.over(quantizer.amax.float(), E2M1_MAX * FP8_MAX)) != 1 / (1 / scale):
+        quantizer.amax = torch.nextafter(quantizer.amax.float(), torch.full_like(quantizer.amax.float(), torch.inf))
 
 
 def _share(modules: list[nn.Module]) -> None:

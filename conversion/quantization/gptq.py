@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from conversion.quantization import layers
+from conversion.quantization.arithmetic import over
 from conversion.quantization.formats import GROUPS, INT4_MAX, Format
 from nemo_ext.errors import RunError, UserError
 
@@ -78,7 +79,7 @@ def quantize_weight(
         for q in range(first, last):
             if q % group == 0:
                 largest = work[:, q : q + group].abs().amax(1)  # whole: groups do not cross blocks
-                scale = (largest / INT4_MAX).to(dtype).float().clamp(min=torch.finfo(dtype).smallest_normal)
+                scale = over(largest, INT4_MAX).to(dtype).float().clamp(min=torch.finfo(dtype).smallest_normal)
                 scales[:, q // group] = scale
             scale = scales[:, q // group]
             result[:, q] = (work[:, q] / scale).round().clamp(-8, 7) * scale

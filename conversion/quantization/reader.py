@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from conversion import safetensors_io
 from nemo_ext.errors import RunError, UserError
@@ -74,22 +75,22 @@ def read(folder: Path) -> Read:
     return found
 
 
-def logits(folder: Path, ids: torch.Tensor, **like: Any) -> torch.Tensor:
-    """fp32 logits `[b, s, vocabulary]` of the model in `folder` for ids `[b, s]`; `like`: `run`'s dtype and device."""
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config")
-    return run(config, read(folder), ids, **like)
+def load(folder: Path, **like: Any) -> tuple[Read, nn.Module]:
+    """What is in `folder`, and the model that computes with it; `like`: `build`'s dtype and device."""
+    found = read(folder)
+    return found, build(json.loads((folder / "config.json").read_text()), found, **like)
 
 
 @torch.no_grad()
-def run(
-    config: Mapping[str, Any],
-    found: Read,
-    ids: torch.Tensor,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """Logits of transformers' model of `config` with the weights and roundings of `found`, computed in `dtype` on `device`."""
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """fp32 logits `[b, s, vocabulary]` of a model that was built here for ids `[b, s]`."""
+    return model(ids.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
+
+
+def build(
+    config: Mapping[str, Any], found: Read, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """transformers' model of `config` with the weights and roundings of `found`, which computes in `dtype` on `device`."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -121,21 +122,26 @@ def run(
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
         ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_of_a_reader", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    return model(ids.to(device), use_cache=False).logits.float().cpu()
+    return model
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
     """The nearest E4M3 number, ties to even, larger ones to 448."""
     _, exponent = torch.frexp(x.float())
-    step = torch.exp2((exponent - 4).clamp(min=-9).float())  # three bits after the leading one; 2^-9 below 2^-6
+    step = _power((exponent - 4).clamp(min=-9))  # three bits after the leading one; 2^-9 below 2^-6
     return (torch.round(x.float() / step) * step).clamp(-448.0, 448.0)
 
 
 def e2m1(x: torch.Tensor) -> torch.Tensor:
     """The nearest E2M1 number, ties to even, larger ones to 6."""
     _, exponent = torch.frexp(x.float())
-    step = torch.exp2((exponent - 2).clamp(min=-1).float())
+    step = _power((exponent - 2).clamp(min=-1))
     return (torch.round(x.float() / step) * step).clamp(-6.0, 6.0)
+
+
+def _power(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent in fp32 by its bits, int32 from -126 to 127: what a GPU's exp2 gives need not be exact."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 def decode_e4m3(codes: np.ndarray) -> np.ndarray:
@@ -178,7 +184,7 @@ def _compressed(name: str, tensors: dict[str, np.ndarray], config: Mapping[str, 
         codes = np.stack([words >> 4 * i & 15 for i in range(8)], -1).reshape(rows, -1)[:, :columns].astype(np.float32) - 8
         return codes * _columns(tensors["weight_scale"], columns, weights["group_size"]), None
     if layout == "nvfp4-pack-quantized":
-        scale = decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"]
+        scale = decode_e4m3(tensors["weight_scale"]) * (1 / tensors["weight_global_scale"])
         values = decode_e2m1(_pairs(tensors["weight_packed"]))
         return values * _columns(scale, values.shape[1], weights["group_size"]), _nvfp4(1 / tensors["input_global_scale"])
     codes = decode_e4m3(tensors["weight"]) if layout == "float-quantized" else tensors["weight"].astype(np.float32)
@@ -227,22 +233,28 @@ def _pairs(packed: np.ndarray) -> np.ndarray:
 
 
 def _fp8(scale: np.ndarray) -> Round:
-    step = float(scale.reshape(()))
-    return lambda x: (e4m3(x.float() / step) * step).to(x.dtype)
+    step = torch.from_numpy(scale.reshape(()).astype(np.float32))
+    return lambda x: (e4m3(_over(x, step)) * step.to(x.device)).to(x.dtype)
 
 
 def _int8(scale: np.ndarray) -> Round:
-    step = float(scale.reshape(()))
-    return lambda x: (torch.round(x.float() / step).clamp(-128, 127) * step).to(x.dtype)
+    step = torch.from_numpy(scale.reshape(()).astype(np.float32))
+    return lambda x: (torch.round(_over(x, step)).clamp(-128, 127) * step.to(x.device)).to(x.dtype)
+
+
+def _over(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """fp32 x / step. `step` must lie beside `x`: where a number on the CPU divides, torch multiplies by its reciprocal on a GPU,
+    which carries an input near a boundary to its other side."""
+    return x.float() / step.to(x.device)
 
 
 def _nvfp4(outer: np.ndarray) -> Round:
     """Blocks of 16 along the last dimension with a scale of their own, which is rounded to E4M3 in units of `outer`."""
-    unit = float(outer.reshape(()))
+    unit = torch.from_numpy(outer.reshape(()).astype(np.float32))
 
     def rounding(x: torch.Tensor) -> torch.Tensor:
         blocks = x.float().unflatten(-1, (-1, 16))
-        step = e4m3(blocks.abs().amax(-1, keepdim=True) / (6.0 * unit)) * unit
+        step = e4m3(_over(blocks.abs().amax(-1, keepdim=True), 6.0 * unit)) * unit.to(x.device)
         return (e2m1(torch.where(step > 0, blocks / step, 0.0)) * step).flatten(-2).to(x.dtype)
 
     return rounding

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from conversion import safetensors_io
-from conversion.quantization.reader import Read, Round, _columns, _fp8, _int8, decode_e4m3, e4m3, run, to_numpy
+from conversion.quantization.reader import Read, Round, _columns, _fp8, _int8, build, decode_e4m3, e4m3, to_numpy
 from nemo_ext.errors import RunError
 
 HUGGING_FACE = {
@@ -53,16 +54,16 @@ def read(folder: Path) -> Read:
     return found
 
 
-def logits(folder: Path, ids: torch.Tensor, hf_config: Mapping[str, Any], **like: Any) -> torch.Tensor:
-    """fp32 logits `[b, s, vocabulary]`; `hf_config` is the config.json of the model that was quantized, of its true
-    vocabulary; `like`: the dtype and device of `reader.run`."""
+def load(folder: Path, hf_config: Mapping[str, Any], **like: Any) -> tuple[Read, nn.Module]:
+    """What is in `folder`, and the model that computes with it; `hf_config` is the config.json of the model that was quantized,
+    of its true vocabulary; `like`: the dtype and device of `reader.build`."""
     found = read(folder)
     size = hf_config["vocab_size"]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if bool(found.weights[name][size:].any()):
             raise RunError(f"{folder}: the padding of {name} is not zero")
         found.weights[name] = found.weights[name][:size]
-    return run({**hf_config, "tie_word_embeddings": False}, found, ids, **like)
+    return found, build({**hf_config, "tie_word_embeddings": False}, found, **like)
 
 
 def _quantized_as(folder: Path, config: Mapping[str, Any], layer: int) -> Any:

@@ -16,7 +16,8 @@ from conversion import safetensors_io, shards
 from conversion.dtypes import NAMES
 from conversion.nemo_folder import TOKENIZER_FILES
 from conversion.quantization import arithmetic
-from conversion.quantization.formats import FP8_MAX, INT4_MAX, INT8_MAX, NVFP4_BLOCK, Format
+from conversion.quantization.arithmetic import over
+from conversion.quantization.formats import E2M1_MAX, FP8_MAX, INT4_MAX, INT8_MAX, NVFP4_BLOCK, Format
 
 MAX_SHARD_BYTES = 5 * 10**9
 Tensors = Mapping[str, torch.Tensor]
@@ -80,25 +81,25 @@ def encode(form: Format, weight: torch.Tensor, weight_quantizer: Any, input_quan
     """The codes of `weight` (fp32 `[out, in]`) under ModelOpt's quantizers."""
     inputs = None
     if form.activation in ("fp8", "int8"):
-        inputs = input_quantizer.amax.float().reshape(()) / (FP8_MAX if form.activation == "fp8" else INT8_MAX)
+        inputs = over(input_quantizer.amax.reshape(()), FP8_MAX if form.activation == "fp8" else INT8_MAX)
     if form.weight == "nvfp4":
         codes, scale, outer = encode_nvfp4(weight, weight_quantizer.amax)
-        inputs = input_quantizer.amax.float().reshape(()) / (6.0 * FP8_MAX)
+        inputs = over(input_quantizer.amax.reshape(()), E2M1_MAX * FP8_MAX)
         return StoredLinear(form, codes, scale, outer, inputs)
     if form.name == "w4a8":
         blocks, whole = weight_quantizer
-        outer = whole.amax.float().reshape(()) / FP8_MAX
+        outer = over(whole.amax.reshape(()), FP8_MAX)
     else:
         blocks, outer = weight_quantizer, None
-    amax = blocks.amax.float()
+    amax = blocks.amax
     if form.weight == "fp8":
-        scale = amax.reshape(()) / FP8_MAX
+        scale = over(amax.reshape(()), FP8_MAX)
         return StoredLinear(form, (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale, outer, inputs)
     if form.weight == "int8":
-        scale = amax.reshape(-1) / INT8_MAX
+        scale = over(amax.reshape(-1), INT8_MAX)
         codes = (weight / scale[:, None]).round().clamp(-128, 127)
     else:
-        scale = amax.reshape(len(weight), -1) / INT4_MAX
+        scale = over(amax.reshape(len(weight), -1), INT4_MAX)
         codes = (weight.unflatten(1, (-1, form.group)) / scale[..., None]).round().clamp(-8, 7).flatten(1)
     return StoredLinear(form, codes.to(torch.int8), scale, outer, inputs)
 

@@ -13,9 +13,8 @@ from unittest import mock
 
 from nemo_ext.signals import SIGNALS
 
-NEVER = (
-    1e9  # seconds. The monitor's look at the GPUs' health is of all that the machine has, and any error of NVML counts as illness
-)
+# seconds. The monitor's look at the GPUs' health is of all that the machine has, and any error of NVML counts as illness
+NEVER = 1e9
 ANSWER_SECONDS = 10.0  # a monitor that does not answer within is given up: it must not hold up the thread that calls it
 
 

@@ -3,16 +3,19 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from quantized_models import load, logits, quantized
 
 from conversion import quantize, safetensors_io
-from conversion.quantization import compressed_tensors, modelopt_folder, reader
+from conversion.quantization import arithmetic, calibrate, compressed_tensors, modelopt_folder, reader, verify
 from nemo_ext.errors import RunError, UserError
 
 CASES = [
@@ -29,8 +32,12 @@ def test_reader_gives_the_measured_logits(llama, ids, tmp_path, method, writer, 
     made = quantized(llama, method, ids, **options)
     measured = logits(made.model, ids)
     writer.write(tmp_path, made)
-    read = reader.logits(tmp_path, ids)
+    found, model = reader.load(tmp_path)
+    read = reader.logits(model, ids)
     torch.testing.assert_close(read, measured, rtol=0, atol=2e-5 * float(measured.abs().max()))
+    verify.weights(made, model)
+    again, worst = verify.outputs(made, found, model, ids, 1e-5)
+    assert torch.equal(again, measured) and worst < 1e-5
     lost = (measured - logits(load(llama), ids)).abs().mean()
     assert lost > 100 * (read - measured).abs().mean()  # the comparison would see a layer that is not quantized
     assert lost < 0.5 * measured.std()
@@ -44,8 +51,104 @@ def test_a_changed_scale_is_seen(llama, ids, tmp_path):
     assert "differ by at most" in quantize.check(tmp_path, made, ids[:2])
     info = safetensors_io.open_folder(tmp_path)["model.layers.1.mlp.up_proj.weight_scale"]
     info.write(info.read() * 1.02)
-    with pytest.raises(RunError, match="differ"):
+    with pytest.raises(RunError, match="model.layers.1.mlp.up_proj.weight is not what was measured"):
         quantize.check(tmp_path, made, ids[:2])
+
+
+FAULTS = {
+    "an input's scale": lambda found: found.inputs.update({QUERY: reader._fp8(np.float32([0.011]))}),
+    "inputs of two layers": lambda found: found.inputs.update({QUERY: found.inputs[OUT], OUT: found.inputs[QUERY]}),
+    "an input as it is": lambda found: found.inputs.pop(QUERY),
+    "keys as they are": lambda found: found.kv.update({ATTENTION: (lambda x: x, found.kv[ATTENTION][1])}),
+    "no cache": lambda found: found.kv.pop(ATTENTION),
+    "weights of two layers": lambda found: found.weights.update(
+        {f"{QUERY}.weight": found.weights[f"{OUT}.weight"], f"{OUT}.weight": found.weights[f"{QUERY}.weight"]}
+    ),
+    "a norm": lambda found: found.weights["model.norm.weight"].mul_(1 + 2**-7),
+    "a bias": lambda found: found.weights[f"{QUERY}.bias"].add_(2**-7),
+}
+ATTENTION = "model.layers.1.self_attn"
+QUERY, OUT = f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj"
+
+
+@pytest.fixture(scope="module")
+def written(llama, ids, tmp_path_factory):
+    made = quantized(llama, "fp8", ids, kv="fp8")
+    modelopt_folder.write(folder := tmp_path_factory.mktemp("written"), made)
+    return made, folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_seen_module_by_module(written, ids, fault):
+    """Without the logits, which say little on a GPU."""
+    made, folder = written
+    found = reader.read(folder)
+    FAULTS[fault](found)
+    model = reader.build(json.loads((folder / "config.json").read_text()), found)
+    with pytest.raises(RunError, match="read back by the format's rules"):
+        verify.weights(made, model)
+        verify.outputs(made, found, model, ids[:2], quantize.AGREEMENT["float32"])
+    assert not any(module._forward_hooks for module in made.model.modules())
+
+
+def test_modules_agree_where_logits_do_not(written, ids):
+    """With noise of 1e-5 in the embedding, as two layers need it to carry inputs to other codes; `weights` would see it."""
+    made, folder = written
+    found = reader.read(folder)
+    embedding = found.weights["model.embed_tokens.weight"]
+    embedding *= 1 + 1e-5 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    model = reader.build(json.loads((folder / "config.json").read_text()), found)
+    measured, worst = verify.outputs(made, found, model, ids, quantize.AGREEMENT["float32"])
+    assert worst > 0
+    assert (reader.logits(model, ids) - measured).abs().max() > quantize.AGREEMENT["float32"] * measured.abs().max()
+
+
+class DividesAsAGpu(TorchDispatchMode):
+    """torch on a GPU: what a number divides is multiplied by the number's rounded reciprocal."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.div.Tensor and isinstance(args[1], (int, float)) and args[0].is_floating_point():
+            return args[0] * (1 / torch.tensor(float(args[1])))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8_sq", "nvfp4"])
+def test_inputs_are_rounded_the_same_on_a_gpu(method):
+    """On the boundaries between codes, where the last bit of a quotient decides."""
+    codes = torch.arange(-120, 120) + 0.5
+    with DividesAsAGpu():
+        assert float(torch.tensor([169.0]) / 13.0) != 13.0  # torch's own example of it
+        for scale in torch.linspace(0.01, 0.1, 200).bfloat16().float():
+            x = (codes * scale)[None]
+            if method == "nvfp4":
+                x = torch.cat([6 * scale * torch.arange(17, 33, 2)[:, None], torch.full((8, 15), 11 * scale)], 1)
+                ours, theirs = arithmetic.fake_nvfp4(x, 16, scale * 2688), reader._nvfp4(scale.numpy())(x)
+            elif method == "fp8":
+                ours, theirs = arithmetic.fake_fp8(x, scale * 448), reader._fp8(scale.numpy())(x)
+            else:
+                ours, theirs = arithmetic.fake_int(x, scale * 127), reader._int8(scale.numpy())(x)
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8_sq", "nvfp4", "int4_gptq", "w4a8_awq"])
+def test_an_artifact_is_the_same_bits_on_a_gpu(llama, ids, tmp_path, method):
+    with DividesAsAGpu():
+        made = quantized(llama, method, ids)
+        (modelopt_folder if method == "w4a8_awq" else compressed_tensors).write(tmp_path, made)
+        _, model = reader.load(tmp_path)
+        assert torch.equal(reader.logits(model, ids), logits(made.model, ids))
+
+
+def test_nvfp4s_scale_survives_its_reciprocal():
+    """compressed-tensors stores that, and the reader takes the reciprocal again."""
+    changed = 0
+    for amax in torch.rand(200, generator=torch.Generator().manual_seed(0)) * 50 + 0.1:
+        quantizer = SimpleNamespace(amax=amax)
+        calibrate._make_invertible(quantizer)
+        scale = (quantizer.amax / 2688).numpy()
+        assert np.float32(1) / (np.float32(1) / scale) == scale and 0 <= quantizer.amax - amax < 1e-5 * amax
+        changed += bool(quantizer.amax != amax)
+    assert 5 < changed < 100
 
 
 @pytest.mark.parametrize("method, options", [("fp8", {}), ("int8_sq", {}), ("int4_gptq", {}), ("int4_awq", {"mixed": True})])

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quantized_models import logits, quantized
 
 from conversion import safetensors_io
-from conversion.quantization import reader_tensorrt_llm, tensorrt_llm
+from conversion.quantization import reader, reader_tensorrt_llm, tensorrt_llm
 from conversion.quantization.formats import format_of
 from conversion.quantization.tensorrt_llm import Layout
 from nemo_ext.errors import UserError
@@ -57,7 +57,7 @@ def test_reader_gives_the_measured_logits(wide, tokens, tmp_path, method, tp, pp
     made = quantized(wide, method, tokens, **options)
     measured = logits(made.model, tokens)
     tensorrt_llm.write(tmp_path, made, layout=Layout(tp, pp))
-    read = reader_tensorrt_llm.logits(tmp_path, tokens, made.config)
+    read = reader.logits(reader_tensorrt_llm.load(tmp_path, made.config)[1], tokens)
     torch.testing.assert_close(read, measured, rtol=0, atol=2e-5 * float(measured.abs().max()))
     assert len(list(tmp_path.glob("rank*.safetensors"))) == tp * pp
     config = json.loads((tmp_path / "config.json").read_text())
