@@ -114,8 +114,10 @@ def describe(
     in 4 bits in training.
     """
     family = families.FAMILIES[architecture.family]
-    none = {"kind": None, "target_modules": [], "dim": keys["rank"], "alpha": keys["alpha"], "dropout": keys["dropout"]}
-    settings = adapters.transform_settings(architecture, keys, kind) if kind else none
+    if kind:
+        settings = adapters.transform_settings(architecture, keys, kind)
+    else:
+        settings = {"kind": None, "target_modules": [], "dim": keys["rank"], "alpha": keys["alpha"], "dropout": keys["dropout"]}
     names = adapters.targets(architecture.family, keys["targets"]) if kind else []
     parts = [part for slot in slots_of(family, architecture, "canonical_lora") for part in slot.parts]
     parts = [part for part in parts if part.rsplit(".", 1)[1] in names]

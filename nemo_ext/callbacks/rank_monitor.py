@@ -15,6 +15,7 @@ from nemo_ext.signals import SIGNALS
 
 # seconds. The monitor's look at the GPUs' health is of all that the machine has, and any error of NVML counts as illness
 NEVER = 1e9
+START_SECONDS = 20.0  # in which a monitor must be there; it takes a few hundredths of one
 ANSWER_SECONDS = 10.0  # a monitor that does not answer within is given up: it must not hold up the thread that calls it
 
 
@@ -40,11 +41,12 @@ class RankMonitor:
             enable_nic_monitor=False,
         )
         self._client = RankMonitorClient()
-        with tempfile.TemporaryDirectory(prefix="rank-monitor-") as folder:  # of sockets, which nobody looks for once connected
+        with tempfile.TemporaryDirectory(prefix="rank-monitor-", dir=_folder()) as folder:  # nobody looks for it once connected
             socket = str(Path(folder) / "rank")
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                with mock.patch.object(tempfile, "tempdir", folder):
+                patience_to_start = mock.patch.object(RankMonitorServer, "RANK_MONITOR_INIT_TIMEOUT", START_SECONDS)
+                with mock.patch.object(tempfile, "tempdir", folder), patience_to_start:
                     context = multiprocessing.get_context("fork")
                     self._process = RankMonitorServer.run_in_subprocess(config, socket, mp_ctx=context)
             finally:
@@ -63,6 +65,11 @@ class RankMonitor:
         atexit.unregister(self.end)
         self._process.kill()
         self._process.join()
+
+
+def _folder() -> str:
+    """Where sockets may lie: a socket's path has at most 107 bytes, of which the monitor's own names take up to 64."""
+    return tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) <= 40 else "/tmp"
 
 
 def start(rank: int, patience: float, every: float) -> RankMonitor | None:

@@ -114,7 +114,7 @@ def test_a_profiled_step_adds_up(runs):
     assert found["step"] == record["step"] == 3
     seconds = found["seconds"]
     assert 0 < sum(seconds.values()) <= record["step_time"]
-    assert min(seconds["GEMM"], seconds["attention"], seconds["other element-wise"]) > 0
+    assert min(seconds["GEMM"], seconds["other element-wise"]) > 0
     assert seconds["idle"] < 0.8 * sum(seconds.values())
     assert any(name in ("aten::mm", "aten::addmm") for name, *_ in found["longest"])
     assert (runs / "no_evaluation/logs/rank0.trace.json.gz").stat().st_size > 1000
