@@ -51,6 +51,7 @@ def holds(folder, timeout):
 def stopped(folder, timeout):
     watched(folder, timeout)
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)  # the monitor lets it go on before it kills it
 
 def well(folder, timeout):
     dog = watched(folder, timeout)
