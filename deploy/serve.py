@@ -120,7 +120,7 @@ def embedded(options: Options, folder: Path, adapters: dict[str, Path], name: st
 
             cpu_torch.declare_torchvision_ops()  # transformers imports torchvision
         from deploy.engine.engine import Engine
-        from deploy.engine.images import MOST
+        from deploy.engine.media import MOST
 
         engine = Engine(
             folder,

@@ -21,7 +21,8 @@ import torch
 from deploy.engine import speculation
 from deploy.engine.beams import GroupedSearch
 from deploy.engine.grammar import Grammars
-from deploy.engine.images import MOST, MOST_PIXELS
+from deploy.engine.images import MOST_PIXELS
+from deploy.engine.media import MOST
 from deploy.engine.network import Network
 from deploy.engine.prompts import Prompts, load_tokenizer
 from deploy.engine.request import Busy, Output, Refused, Request, Stats

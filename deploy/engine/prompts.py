@@ -11,7 +11,7 @@ from deploy.engine.request import Refused
 from nemo_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from deploy.engine.images import Media, Picture
+    from deploy.engine.media import Media, Medium
 
 _PARTS = re.compile(r"""['"]type['"]|\.type\b""")  # in a chat template that takes content as parts
 
@@ -82,7 +82,7 @@ class Prompts:
 
     def chat_with_media(
         self, messages: list[dict[str, Any]], sources: list[tuple[str, str]], tools: list[dict[str, Any]] | None = None
-    ) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
+    ) -> tuple[tuple[int, ...], tuple[Medium, ...]]:
         """Ids of a conversation whose messages have content of parts, {"type": "image"} or {"type": "audio"} for each of
         `sources` in order, (the API's type of content, what it says), and the pictures; each has as many placeholders in the ids
         as embeddings."""

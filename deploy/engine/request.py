@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deploy.engine.images import Picture
+    from deploy.engine.media import Medium
 
 MAX_LOGPROBS = 20
 
@@ -71,7 +71,7 @@ class Request:
     adapter: str | None = None  # the name of a LoRA adapter; None: the model itself
     ignore_eos: bool = False
     timeout: float | None = None  # seconds from submission to the last token
-    pictures: tuple[Picture, ...] = ()  # whose placeholders stand in the prompt
+    pictures: tuple[Medium, ...] = ()  # whose placeholders stand in the prompt
 
 
 @dataclass(frozen=True)

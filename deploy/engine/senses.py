@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conversion.multimodal import OWN_TYPE, senses_of
-from deploy.engine.images import Images, Media
+from deploy.engine.images import Images
+from deploy.engine.media import Media
 from deploy.engine.sounds import Sounds
 from nemo_ext import run_folder
 from nemo_ext.errors import UserError

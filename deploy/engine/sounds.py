@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.engine.images import UNSUPPORTED, Media, Picture, from_base64
+from deploy.engine.media import UNSUPPORTED, Media, Medium, from_base64
 from deploy.engine.request import Refused
 from nemo_ext.data.multimodal import audio
 from nemo_ext.errors import UserError
@@ -22,7 +22,7 @@ class Sounds(Media):
 
     kind, part = "audio", "input_audio"
 
-    def made(self, source: str) -> Picture:
+    def made(self, source: str) -> Medium:
         """The sound of a file in base64. Raises Refused for what is no sound, and for one that is too long."""
         data = from_base64(source, self.part)
         try:
@@ -32,9 +32,9 @@ class Sounds(Media):
         if (seconds := len(samples) / audio.RATE) > MOST_SECONDS:
             raise Refused(f"input_audio: a sound of {seconds:.0f} seconds is more than the server's {MOST_SECONDS}", UNSUPPORTED)
         windows = self._input.settings.windows(samples, self._input.frames)
-        return Picture(windows, self._input.gather(samples.shape))
+        return Medium(windows, self._input.gather(samples.shape))
 
-    def embeddings(self, model: Any, sounds: Sequence[Picture]) -> Any:
+    def embeddings(self, model: Any, sounds: Sequence[Medium]) -> Any:
         """Embeddings [placeholders, h] of a request's sounds in order, by transformers' Voxtral `model`."""
         import torch
 
