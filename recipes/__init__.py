@@ -270,6 +270,8 @@ def _numbers(keys: dict[str, Any]) -> None:
         raise UserError(f"min_lr={keys['min_lr']} is above lr={keys['lr']}")
     if keys["steps"] and keys["warmup"] is not None and keys["warmup"] >= keys["steps"]:
         raise UserError(f"warmup={keys['warmup']} leaves no step of steps={keys['steps']}")
+    if keys["steps"] and keys["profile"] > keys["steps"]:
+        raise UserError(f"profile={keys['profile']} is a step after the last of steps={keys['steps']}")
 
 
 def _senses(modality: str, keys: dict[str, Any], given: dict[str, Any]) -> None:

@@ -91,6 +91,7 @@ def test_finish_fills_what_follows_from_the_steps():
         ({"size": "9b"}, "size=9b is not a size of llama3: 8b, 70b, 1b, 3b, smoke"),
         ({"layers": 3}, "layers= is for recipe=pretrain_custom"),
         ({"steps": 10, "warmup": 10}, "warmup=10 leaves no step of steps=10"),
+        ({"steps": 10, "profile": 11}, "profile=11 is a step after the last of steps=10"),
         ({"min_lr": 1.0}, "min_lr=1.0 is above lr=2e-05"),
     ],
 )
