@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 # By the names of kernels (CUDA, cuDNN, cuBLAS, Transformer Engine, Triton) and of torch's CPU operators; the first that matches.
-# Where kernels of several classes run at once, the time is the first one's.
 CLASSES = {
+    "communication": r"nccl|gloo|c10d::",
     "attention": r"sdpa|flash|fmha|attention|attn",
     "GEMM": r"gemm|nvjet|cutlass|cublas|wgmma|xmma|\b(mm|addmm|bmm|baddbmm|matmul|linear)\b|_mm\b",
     "optimizer": r"multi_tensor|adam|_foreach_|l2norm",
@@ -17,27 +17,23 @@ CLASSES = {
     "norm": r"norm",
     "rotary": r"rope|rotary",
     "copies": r"memcpy|memset|copy_|CatArray",
-    "other element-wise": r"(?!.*(nccl|gloo|c10d::))",
-    "communication": r"",
+    "other element-wise": r"",
 }
-ORDER = {name: rank for rank, name in enumerate(CLASSES)}
+# Where kernels of several classes run at once, the time is the first one's of these: communication is what nothing else hides.
+PRIORITY = {name: rank for rank, name in enumerate([*list(CLASSES)[1:], "communication"])}
 IDLE = "idle"
 _PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in CLASSES.items()}
-_COMMUNICATION = re.compile(r"nccl|gloo|c10d::", re.IGNORECASE)
 
 
 def class_of(kernel: str) -> str:
     """The class of a kernel or operator by its name."""
-    if _COMMUNICATION.search(kernel):
-        return "communication"
     return next(name for name, pattern in _PATTERNS.items() if pattern.search(kernel))
 
 
 def attribute(intervals: Iterable[tuple[str, float, float]], began: float, ended: float) -> dict[str, float]:
     """Seconds of each class between two moments, from (name of a kernel, beginning, end) in seconds.
 
-    They add up to `ended - began`: of kernels that run at once the first class in `CLASSES` counts, so that communication is what
-    nothing else hides, and `idle` is when no kernel ran.
+    They add up to `ended - began`: of kernels that run at once the first class in `PRIORITY` counts, and `idle` is when none ran.
     """
     edges = []
     for name, start, stop in intervals:
@@ -47,7 +43,7 @@ def attribute(intervals: Iterable[tuple[str, float, float]], began: float, ended
     spent, running, at = dict.fromkeys([*CLASSES, IDLE], 0.0), Counter(), began
     for moment, change, name in [*sorted(edges), (ended, 0, IDLE)]:
         active = [each for each, count in running.items() if count]
-        spent[min(active, key=ORDER.__getitem__) if active else IDLE] += moment - at
+        spent[min(active, key=PRIORITY.__getitem__) if active else IDLE] += moment - at
         running[name] += change
         at = moment
     return spent
