@@ -24,7 +24,7 @@ GIB = 2**30
 FREE_TO_CHANGE = {
     TrainKeys: set(
         "nodes gpus tp pp vp cp ep sp micro_batch recompute overlap device gpu_memory workers every keep async_save "
-        "val_every tensorboard wandb out export preview answers scored "
+        "val_every tensorboard wandb out export preview answers scored profile "
         "restarts hang_timeout on_nan on_spike spike_factor spike_window straggler_factor".split()
     ),
     GrpoKeys: set(

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from grpo_models import prepare, write_model
-from test_grpo_trainer import by_hand, likelihoods_of, rollout, trainer_of
+from test_grpo_trainer import by_hand, rollout, trainer_of, with_noise
 
 from nemo_ext import run_folder
 from nemo_ext.data.chat.formats import Conversation, Message
@@ -251,13 +251,7 @@ def test_the_tokens_of_tools_are_not_learnt(loss, tools, talking, sums, tmp_path
     ]  # fmt: skip
     assert trainer.figures["length"] == int(mask.sum()) / 6
 
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    with torch.no_grad():
-        new = likelihoods_of(trainer, found)
-    noise = torch.Generator().manual_seed(5)
-    found["old_per_token_logps"] = new + torch.randn(new.shape, generator=noise) * 0.4
-    found["ref_per_token_logps"] = new + torch.randn(new.shape, generator=noise) * 0.4
+    new = with_noise(trainer, found)
     learnt = {**found, "completion_mask": mask}
     expected = by_hand(loss, new, found["old_per_token_logps"], found["ref_per_token_logps"], learnt, 0.1, 0.3, 0.1, 200)
     torch.testing.assert_close(trainer._compute_loss(trainer.model, found).detach(), expected, rtol=1e-4, atol=1e-6)

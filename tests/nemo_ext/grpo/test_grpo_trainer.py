@@ -120,13 +120,7 @@ def test_losses_by_hand(loss, kl, tiny, tmp_path, sums):
         tmp_path, tiny, sums, prompts=3, group=2, micro_batch=6, loss=loss, kl=kl, clip_low=0.1, clip_high=0.3, max_answer=9
     )
     inputs = batch()
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    with torch.no_grad():
-        new = likelihoods_of(trainer, inputs)
-    g = torch.Generator().manual_seed(5)
-    inputs["old_per_token_logps"] = new + torch.randn(new.shape, generator=g) * 0.4
-    inputs["ref_per_token_logps"] = new + torch.randn(new.shape, generator=g) * 0.4
+    new = with_noise(trainer, inputs)
     expected = by_hand(loss, new, inputs["old_per_token_logps"], inputs["ref_per_token_logps"], inputs, 0.1, 0.3, kl, 9)
     torch.testing.assert_close(trainer._compute_loss(trainer.model, inputs).detach(), expected, rtol=1e-4, atol=1e-6)
 
@@ -134,6 +128,18 @@ def test_losses_by_hand(loss, kl, tiny, tmp_path, sums):
     halves = [{k: v[i : i + 2] if v.ndim else v for k, v in inputs.items()} for i in (0, 2, 4)]
     together = sum(trainer._compute_loss(trainer.model, half).detach() for half in halves)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-6)
+
+
+def with_noise(trainer, inputs):
+    """Give `inputs` likelihoods of an older policy and of the reference, off from the present ones, which are returned."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    with torch.no_grad():
+        new = likelihoods_of(trainer, inputs)
+    noise = torch.Generator().manual_seed(5)
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        inputs[name] = new + torch.randn(new.shape, generator=noise) * 0.4
+    return new
 
 
 def likelihoods_of(trainer, inputs):
