@@ -36,7 +36,7 @@ demo-neva: setup
 	$(VENV)/bin/python launchers/run.py recipe=neva_llama3 gpus=2 out=runs/demo-neva
 
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check .

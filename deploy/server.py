@@ -63,10 +63,10 @@ class Service:
                 f"max_completion_tokens={body.max_completion_tokens:,} is above the server's {self.limits.max_tokens:,}"
             )
         tools = body.called_tools
-        prompts, pictures = self.engine.prompts, ()
+        prompts, media = self.engine.prompts, ()
         if sources := [source for message in body.messages for source in message.media]:
             messages = [message.for_template(parts=True) for message in body.messages]
-            prompt, pictures = prompts.chat_with_media(messages, sources, tools)
+            prompt, media = prompts.chat_with_media(messages, sources, tools)
         else:
             prompt = prompts.chat([message.for_template(parts=prompts.parts_only) for message in body.messages], tools)
         request = body.request(
@@ -77,7 +77,7 @@ class Service:
             max_tokens=body.max_completion_tokens,
             schema=body.schema_text,
             logprobs=body.wanted_logprobs,
-            pictures=pictures,
+            media=media,
             **self._words(body),
         )
         return [request], tuple(tool["function"]["name"] for tool in tools)

@@ -9,6 +9,7 @@ from typing import Any
 import recipes
 from launchers.memory import Tower
 from launchers.plan import Plan, Request
+from nemo_ext import gpus
 from nemo_ext.errors import UserError
 from nemo_ext.multimodal.description import Sense
 from nemo_ext.multimodal.freezing import FROZEN, num_trained
@@ -42,24 +43,39 @@ def tower(keys: dict[str, Any], architecture, sense: Sense | None) -> Tower | No
 
 
 def request(
-    keys: dict[str, Any], machine, trainable: float, nf4: bool, tower: Tower | None = None, statistics: float = 0.0
-) -> Request:
+    keys: dict[str, Any], machine, trainable: float, nf4: bool, tower: Tower | None = None, statistics: float = 0.0,
+    packed: bool = False,
+) -> Request:  # fmt: skip
     """What is asked of the planner. `trainable`: the share of the decoder's parameters with gradients; `statistics`: bytes that
-    an adapter keeps of each of its own. Raises UserError where nothing says how much memory a device has."""
+    an adapter keeps of each of its own; `packed`: rows hold several conversations. Raises UserError where nothing says how much
+    memory a device has."""
     if keys["gpu_memory"]:
         memory = keys["gpu_memory"] * GIB
     elif keys["device"] == "cpu":
         memory = machine.memory_bytes / keys["gpus"]
-    elif machine.gpus:
+    elif machine is not None and machine.gpus:
         memory = min(gpu.memory_bytes for gpu in machine.gpus)
     else:
-        raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
+        raise UserError("planning for GPUs this machine does not have: give gpu=h100, h200, a100 or l40, or gpu_memory= in GiB")
     names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device double_quant"
-    wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}}
+    wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}, **_device(keys, machine)}
     return Request(
         **wanted, gpu_memory=memory, trainable=trainable, statistics=statistics, sequence_parallel=keys["sp"], cross_entropy="te",
-        tower=tower,
+        tower=tower, packed=packed, balanced=keys["balance"] and tower is None,
     )  # fmt: skip
+
+
+def _device(keys: dict[str, Any], machine) -> dict[str, Any]:
+    """Fields of a request that say what a device is: the kind that `gpu=` names, or this machine's own."""
+    if keys["device"] == "cpu":
+        return {"cores": max(1.0, machine.cpu_count / keys["gpus"]) if machine is not None else 1.0}
+    if keys["gpu"]:
+        return {"gpu": keys["gpu"]}
+    if machine is None or not machine.gpus:
+        return {"gpu": "h200" if keys["gpu_memory"] > 100 else "h100", "instead_of": "a GPU that gpu= does not name"}
+    own = machine.gpus[0]
+    found = gpus.find(own.name, own.compute_capability, own.memory_bytes)
+    return {"gpu": found.kind.name, "interconnect": found.interconnect, "instead_of": found.instead_of}
 
 
 def keys_of(planned: Plan) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import psutil
 
 from launchers import folder
 from launchers.progress import follow
-from launchers.worker import JOB, LAUNCHER, die_with_parent
+from launchers.worker import AHEAD, GO, JOB, LAUNCHER, die_with_parent
 from nemo_ext import faults, run_folder
+from nemo_ext.disk import write_atomic
 from nemo_ext.errors import ALMOST_NOTHING, RunError, UserError, free_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +30,41 @@ SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.S
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def run(run_dir: Path, processes: int, threads: int, max_steps: int, restarts: int = 0) -> signal.Signals | None:
-    """Train the job in `run_dir` on `processes` local processes of `threads` threads each, showing progress.
+class Ahead:
+    """A run's processes that are started before its data is prepared: they import what training needs and wait for `run`.
+
+    A context: processes that were not taken when it ends are killed.
+    """
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self._ticket = ""
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        _kill(self.process)
+
+    def start(self, run_dir: Path, processes: int, threads: int) -> None:
+        """Start them. `run` must be asked for as many."""
+        self._ticket = f"{os.getpid()} {time.time_ns()}"
+        self.process = _spawn(run_dir, processes, threads, {AHEAD: self._ticket})
+
+    def take(self, run_dir: Path) -> subprocess.Popen | None:
+        """Let them train the job that is in `run_dir` now; None where there are none (any more): new ones say why."""
+        process, self.process = self.process, None
+        if process is None or process.poll() is not None:
+            return None
+        write_atomic(run_dir / GO, self._ticket)
+        return process
+
+
+def run(
+    run_dir: Path, processes: int, threads: int, max_steps: int, restarts: int = 0, ahead: Ahead | None = None
+) -> signal.Signals | None:
+    """Train the job in `run_dir` on `processes` local processes of `threads` threads each, showing progress; on those that were
+    started `ahead`, where some were.
 
     When a process dies or hangs, all start again from the newest checkpoint, `restarts` times at most; not after a failure that
     would only come again (see `comes_again`). Each is noted in the run's faults.
@@ -43,31 +77,29 @@ def run(run_dir: Path, processes: int, threads: int, max_steps: int, restarts: i
     with _forwarding() as stop:
         for number in itertools.count(1):
             try:
-                return _start(run_dir, log, stop, processes, threads, max_steps)
+                return _start(run_dir, log, stop, processes, threads, max_steps, ahead)
             except RunError as error:
                 if number > restarts or comes_again(run_dir):
                     raise
                 _go_back(run_dir, WHAT_TO_DO.split(str(error))[0], f"restart {number} of {restarts}")
 
 
-def _start(run_dir: Path, log: Path, stop: _Stop, processes: int, threads: int, max_steps: int) -> signal.Signals | None:
+def _start(
+    run_dir: Path, log: Path, stop: _Stop, processes: int, threads: int, max_steps: int, ahead: Ahead | None
+) -> signal.Signals | None:
     """One start of the run's processes; returns and raises as `run` does."""
     for earlier in log.parent.glob("rank*.memory.json"):
         earlier.unlink()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
-                   LAUNCHER: str(os.getpid())}  # fmt: skip
     began = time.time()
-    with open(log, "w") as output:
-        run_folder.write_status(run_dir, "starting", 0, max_steps)
-        streams = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        command = [sys.executable, "-m", "torch.distributed.run", *torchrun(run_dir, processes)]
-        stop.process = subprocess.Popen(command, **streams, env=environment, cwd=ROOT, start_new_session=True,
-                                        preexec_fn=die_with_parent)  # fmt: skip
-        stop.pass_on()
-        try:
-            code = follow(run_dir, stop.process)
-        except (OSError, SystemExit):  # the terminal or the pipe is gone (rich exits then); the run is not
-            code = stop.process.wait()
+    run_folder.write_status(run_dir, "starting", 0, max_steps)
+    stop.process = ahead.take(run_dir) if ahead else None
+    if stop.process is None:
+        stop.process = _spawn(run_dir, processes, threads)
+    stop.pass_on()
+    try:
+        code = follow(run_dir, stop.process)
+    except (OSError, SystemExit):  # the terminal or the pipe is gone (rich exits then); the run is not
+        code = stop.process.wait()
     status = run_folder.read_status(run_dir) or {}
     if code == 0:
         if status.get("phase") == "stopped":
@@ -76,6 +108,25 @@ def _start(run_dir: Path, log: Path, stop: _Stop, processes: int, threads: int, 
     if stop.received:  # before the first step there is nothing to save
         return stop.received
     _raise_cause(run_dir, status, log, began)
+
+
+def _spawn(run_dir: Path, processes: int, threads: int, more: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start torchrun with its workers; what it prints goes to logs/torchrun.log. `more` is added to their environment."""
+    log = run_dir / run_folder.LOGS / "torchrun.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
+                   LAUNCHER: str(os.getpid()), **(more or {})}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun(run_dir, processes)]
+    with open(log, "w") as output:
+        streams = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(command, **streams, env=environment, cwd=ROOT, start_new_session=True, preexec_fn=die_with_parent)
+
+
+def _kill(process: subprocess.Popen | None) -> None:
+    """torchrun first, so that nothing reports; its workers die with it."""
+    if process is not None and process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def torchrun(run_dir: Path, processes: int) -> list[str]:
@@ -127,10 +178,8 @@ class _Stop:
                     each.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """torchrun first, so that nothing reports; its workers die with it."""
-        if self.process is not None and self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """End them now."""
+        _kill(self.process)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_ext.architecture import Architecture
+from nemo_ext.pipeline import chunk_layers
 
 GiB = 2**30
 
@@ -73,7 +74,13 @@ class Request:
     fp8_params: bool = False  # the parameters themselves are FP8 (`fp8_param_gather`): no bf16 copy beside the FP8 ones
     cross_entropy: str = "native"  # "native", "te" or "unfused"
     tower: Tower | None = None  # of a model with a sense
-    interconnect: str = "nvlink"  # between the GPUs of a node: "nvlink" or "pcie"
+    gpu: str | None = None  # kind of `nemo_ext.gpus`; None: not said, rates are an H100's and no time is shown
+    instead_of: str | None = None  # the name of a GPU that is none of the kinds, or why this one is taken
+    interconnect: str | None = None  # between the GPUs of a node: "nvlink" or "pcie"; None: the kind's
+    cores: float = 1.0  # of a CPU process
+    packed: bool = False  # whether rows hold several conversations that do not see each other
+    attended: int | None = None  # tokens of one of them, where it is known; None: seq
+    balanced: bool = False  # see Layout
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Layout:
     num_microbatches: int
     recompute: str  # "none", "selective" or "full"
     ep: int = 1
+    balanced: bool = False  # the last pipeline stage has fewer layers, for its output layer (`nemo_ext.pipeline`)
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,20 @@ def nf4_bytes(double_quant: bool, tp: int) -> float:
     return 0.5 + ((1 + 4 / 256) / 64 if double_quant and tp == 1 else 4 / 64)
 
 
-def expert_parameters(architecture: Architecture, layout: Layout) -> float:
-    """Parameters in the experts that one GPU holds, at any pipeline stage; 0 in a dense model."""
+def chunks(architecture: Architecture, layout: Layout) -> list[float]:
+    """Decoder layers of each model chunk in the order of the data; chunk c is on stage c % pp."""
+    if layout.balanced:
+        return list(chunk_layers(architecture, layout.pp, layout.vp))
+    count = layout.pp * (layout.vp or 1)
+    return [architecture.num_layers / count] * count
+
+
+def expert_parameters(architecture: Architecture, layout: Layout, stage: int = 0) -> float:
+    """Parameters in the experts that one GPU of a pipeline stage holds; 0 in a dense model."""
     a = architecture
     if a.num_moe_experts is None:
         return 0.0
-    return a.num_layers / layout.pp * a.num_moe_experts * a.mlp_parameters / (layout.tp * layout.ep)
+    return sum(chunks(a, layout)[stage :: layout.pp]) * a.num_moe_experts * a.mlp_parameters / (layout.tp * layout.ep)
 
 
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
@@ -143,8 +159,8 @@ def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> 
     first and the last stage.
     """
     a, tp = architecture, layout.tp
-    layers = a.num_layers / layout.pp
-    mlps = expert_parameters(a, layout) or layers * a.mlp_parameters / tp
+    layers = sum(chunks(a, layout)[stage :: layout.pp])
+    mlps = expert_parameters(a, layout, stage) or layers * a.mlp_parameters / tp
     linear = layers * a.hidden_size * (2 * a.attention_width + 2 * a.kv_width) / tp + mlps
     others = layers * (a.norms_per_layer * a.norm_parameters + a.qk_norm_parameters + a.router_parameters)
     others += layers * (a.split_bias_parameters / tp + a.whole_bias_parameters)
@@ -164,16 +180,19 @@ def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> 
 def layers_in_flight(architecture: Architecture, layout: Layout, stage: int) -> float:
     """Layers x microbatches whose activations a stage holds at its peak.
 
-    1F1B: min(m, pp - stage) microbatches of layers/pp layers. Interleaved (arXiv:2104.04473): Megatron's warm-up of
-    2 (pp - stage - 1) + (vp - 1) pp chunks, and one more, of layers/(pp vp) layers; on the first stage that is
-    layers x (1 + (pp - 1)/(pp vp)).
+    1F1B: min(m, pp - stage) microbatches of the stage's layers. Interleaved (arXiv:2104.04473): Megatron's warm-up of
+    2 (pp - stage - 1) + (vp - 1) pp chunks, and one more; of layers/(pp vp) layers each that is on the first stage
+    layers x (1 + (pp - 1)/(pp vp)). Chunks take turns every pp microbatches, the last one first in the backward pass.
     """
-    vp = layout.vp or 1
-    if vp == 1:
-        chunks = min(layout.num_microbatches, layout.pp - stage)
-    else:
-        chunks = min(layout.num_microbatches * vp, 2 * (layout.pp - stage - 1) + (vp - 1) * layout.pp + 1)
-    return chunks * architecture.num_layers / (layout.pp * vp)
+    own, pp = chunks(architecture, layout)[stage :: layout.pp], layout.pp
+    vp, total = len(own), layout.num_microbatches * len(own)
+    ahead = min(total, pp - stage - 1 if vp == 1 else 2 * (pp - stage - 1) + (vp - 1) * pp)
+    held = peak = sum(own[number // pp % vp] for number in range(ahead))
+    for number in range(min(total - ahead, pp * vp)):
+        held += own[(ahead + number) // pp % vp]
+        peak = max(peak, held)
+        held -= own[vp - 1 - number // pp % vp]
+    return peak
 
 
 def saved_per_token(architecture: Architecture, request: Request, layout: Layout, recompute: str) -> float:
@@ -296,7 +315,7 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     gradients = request.grad_bytes * parameters * request.trainable
     state_bytes = request.optimizer_bytes if request.optimizer_bytes is not None else 8 + (4 if e == 2 else 0)
     shards = layout.dp * layout.cp if request.distributed_optimizer else 1
-    experts = expert_parameters(architecture, layout)  # there are ep times fewer copies to shard their states over
+    experts = expert_parameters(architecture, layout, stage)  # there are ep times fewer copies to shard their states over
     shares = (parameters - experts) / shards + experts / max(1, shards // layout.ep)
     optimizer = state_bytes * shares * request.trainable
     states = state_bytes * parameters * request.trainable  # of all shards

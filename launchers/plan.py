@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launchers.cost import step_seconds
-from launchers.memory import GiB, Layout, Memory, Request, estimate
+from launchers.cost import Expected, error, expect, step_seconds
+from launchers.memory import GiB, Layout, Memory, Request, chunks, estimate
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
+from nemo_ext.gpus import KINDS, NVLINK, PCIE
 
 __all__ = ["GiB", "Layout", "Memory", "Plan", "Request", "estimate", "plan"]
 
 HEADROOM = 0.9  # a chosen layout fills at most this share of the memory where it can; one asked for may fill it all
+TIE = 1.01  # a layout that is expected to be slower by less is taken if it is simpler: well under what the estimate distinguishes
 MICROBATCH_TOKENS = 8192  # a chosen micro batch grows up to this; longer ones only cost memory
 CONTEXT_TOKENS = 8192  # a chosen context parallelism leaves each GPU at least this much of the sequence
 SIZES = ("tp", "pp", "vp", "cp", "ep", "micro_batch")
@@ -40,18 +42,21 @@ class Plan:
     tokens_per_step: int
     why: list[str]
     request: Request
+    expected: Expected | None  # None where the request does not say for which GPU
 
     def lines(self) -> list[str]:
         """The plan for people, as aligned text without markup."""
         layout, memory, request = self.layout, self.memory, self.request
         unit = "process" if request.device == "cpu" else "GPU"
+        device = KINDS[request.gpu].title if request.gpu else unit
         split = f"TP {layout.tp}  PP {layout.pp}  VP {layout.vp or '-'}  CP {layout.cp}  DP {layout.dp}"
         split += f"  EP {layout.ep}" if layout.ep > 1 else ""
         split += f"  sequence parallel {'on' if layout.sequence_parallel else 'off'}  recompute {layout.recompute}"
         count = layout.num_microbatches
         batch = f"{request.global_batch} x {request.seq} tokens = {layout.dp} x {count} micro batch{'es' if count > 1 else ''}"
+        memory_each = f"{request.gpu_memory / GiB:.1f} GiB each"
         rows = [
-            ("machine", f"{request.nodes} x {request.gpus} {unit}, {request.gpu_memory / GiB:.1f} GiB each, {request.precision}"),
+            ("machine", f"{request.nodes} x {request.gpus} {device}, {memory_each}, {request.precision}"),
             ("layout", split),
             ("batch", f"{batch} of {layout.micro_batch}; {self.tokens_per_step:,} tokens a step"),
             ("parameters", f"{self.parameters:,}"),
@@ -65,8 +70,28 @@ class Plan:
             label = "memory" if name == "weights" else ""
             lines.append(f"{label:<11} {name:<11} {size / GiB:8.2f} GiB a {unit} {size / request.gpu_memory:6.1%}")
         lines.append(f"{'fits':<11} {'yes' if self.fits else 'no'}")
+        if self.expected is not None:
+            lines += [f"{'expected' if i == 0 else '':<11} {text}" for i, text in enumerate(self._speed())]
         lines += [f"{'why' if i == 0 else '':<11} {reason}" for i, reason in enumerate(self.why)]
         return lines
+
+    def _speed(self) -> list[str]:
+        """What a step is expected to take, for people."""
+        expected, request = self.expected, self.request
+        devices = request.nodes * request.gpus
+        whole = f"{_figure(expected.tokens_per_s)} tokens/s"
+        if devices > 1:
+            whole += f", {_figure(expected.tokens_per_s / devices)} a {'process' if request.device == 'cpu' else 'GPU'}"
+        if request.device == "gpu":
+            whole += f"; {expected.tflops:.0f} TFLOP/s a GPU"
+        words = [f"{_figure(expected.seconds)} s a step, {whole}"]
+        if expected.waits_for_python:
+            words.append("Python starts kernels for longer than the GPU computes: a larger micro batch costs little")
+        if expected.extrapolated:
+            words.append(f"extrapolated: {'; '.join(expected.extrapolated)}")
+        else:
+            words[0] += f"; ± {expected.error:.0%}"
+        return words
 
     def to_dict(self) -> dict:
         """JSON-ready form; memory in bytes, with its total."""
@@ -77,13 +102,15 @@ class Plan:
             "parameters": self.parameters,
             "tokens_per_step": self.tokens_per_step,
             "why": list(self.why),
+            "expected": dataclasses.asdict(self.expected) if self.expected else None,
         }
 
 
 def plan(architecture: Architecture, request: Request) -> Plan:
     """The layout for `request`: the fields given are kept and checked, the others chosen.
 
-    Of the layouts that fit, the one with the shortest assumed step (`launchers.cost`) is taken; within 5% the simpler one.
+    Of the layouts that fit, the one with the shortest expected step (`launchers.cost`) is taken; within the estimate's error one
+    that recomputes or splits the model less, and of those within 1% the simplest.
     Raises UserError where a given value breaks a rule or nothing fits, naming the nearest layout that works.
     """
     _check_values(request)
@@ -109,6 +136,7 @@ def plan(architecture: Architecture, request: Request) -> Plan:
         tokens_per_step=request.global_batch * request.seq,
         why=_reasons(architecture, request, layout),
         request=request,
+        expected=expect(architecture, request, layout) if request.gpu or request.device == "cpu" else None,
     )
 
 
@@ -123,12 +151,15 @@ def _check_values(request: Request) -> None:
         ("precision", ("bf16", "fp16", "fp32", "fp8")),
         ("recompute", ("auto", *RECOMPUTE)),
         ("cross_entropy", ("native", "te", "unfused")),
-        ("interconnect", ("nvlink", "pcie")),
+        ("gpu", (None, *KINDS)),
+        ("interconnect", (None, NVLINK, PCIE)),
     ):
         if getattr(request, name) not in allowed:
-            raise UserError(f"{name}={getattr(request, name)}: give one of {', '.join(allowed)}")
+            raise UserError(f"{name}={getattr(request, name)}: give one of {', '.join(filter(None, allowed))}")
     if request.device == "cpu" and request.precision == "fp8":
         raise UserError("precision=fp8 needs a GPU; nearest that works on a CPU: precision=bf16")
+    if request.gpu and request.precision == "fp8" and KINDS[request.gpu].fp8 is None:
+        raise UserError(f"precision=fp8: {request.instead_of or KINDS[request.gpu].title} has no FP8: precision=bf16")
 
 
 def _problem(
@@ -218,7 +249,8 @@ def _layouts(a: Architecture, r: Request) -> Iterator[Layout]:
                     if r.pp is None and pp > microbatches:
                         continue
                     for recompute in RECOMPUTE if r.recompute == "auto" else (r.recompute,):
-                        yield Layout(tp, pp, vp, cp, dp, parallel, micro, microbatches, recompute, ep)
+                        balanced = r.balanced and pp > 1
+                        yield Layout(tp, pp, vp, cp, dp, parallel, micro, microbatches, recompute, ep, balanced)
 
 
 def _finer(a: Architecture, r: Request, tp: int, pp: int, cp: int, dp: int) -> Iterator[tuple[int | None, bool, int, int]]:
@@ -260,17 +292,25 @@ def _best(a: Architecture, r: Request, layouts: list[Layout]) -> Layout | None:
         fitting = [layout for layout in layouts if estimate(a, r, layout).total <= share * r.gpu_memory]
         if fitting:
             seconds = {layout: step_seconds(a, r, layout) for layout in fitting}
-            limit = 1.05 * min(seconds.values())
-            quick = [layout for layout in fitting if seconds[layout] <= limit]
+            best = min(fitting, key=seconds.__getitem__)
+            near = [layout for layout in fitting if seconds[layout] <= (1 + error(a, r, best)) * seconds[best]]
+            least = min(map(_effort, near))
+            easy = [layout for layout in near if _effort(layout) == least]
+            limit = TIE * min(seconds[layout] for layout in easy)
+            quick = [layout for layout in easy if seconds[layout] <= limit]
             return min(quick, key=lambda layout: (_simplicity(layout), seconds[layout]))
     return None
 
 
+def _effort(layout: Layout) -> tuple[int, int]:
+    """What has to win by more than the estimate's error: recomputation, whose cost was not measured, and model parallelism."""
+    return RECOMPUTE.index(layout.recompute), layout.tp * layout.pp * layout.cp
+
+
 def _simplicity(layout: Layout) -> tuple:
-    """Sorts simpler layouts first: less model parallelism, no recomputation, whole layers of experts, fewer chunks, fewer micro
+    """Sorts simpler layouts first: less recomputation and model parallelism, whole layers of experts, fewer chunks, fewer micro
     batches."""
-    model = layout.tp * layout.pp * layout.cp
-    return (model, RECOMPUTE.index(layout.recompute), layout.ep, layout.vp or 1, -layout.micro_batch)
+    return (*_effort(layout), layout.ep, layout.vp or 1, -layout.micro_batch)
 
 
 def _nearest(a: Architecture, r: Request, kind: str) -> str:
@@ -372,6 +412,11 @@ def _describe(r: Request, layout: Layout) -> str:
     return " ".join(words)
 
 
+def _figure(value: float) -> str:
+    """Three digits of a number, or all before its point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
 
@@ -411,11 +456,14 @@ def _reasons(a: Architecture, r: Request, layout: Layout) -> list[str]:
         why.append(f"ep={layout.ep}: each {what} holds {a.num_moe_experts // layout.ep} of a layer's {a.num_moe_experts} experts")
     if layout.pp > 1:
         bubble = (layout.pp - 1) / (layout.num_microbatches * (layout.vp or 1))
-        chunks = f" in {layout.vp} chunks a stage" if layout.vp else ""
-        why.append(f"pp={layout.pp}{chunks}: the pipeline idles {bubble / (1 + bubble):.0%} of a step")
+        parts = f" in {layout.vp} chunks a stage" if layout.vp else ""
+        why.append(f"pp={layout.pp}{parts}: the pipeline idles {bubble / (1 + bubble):.0%} of a step")
+        layers = [sum(chunks(a, layout)[stage :: layout.pp]) for stage in range(layout.pp)]
+        if len(set(layers)) > 1:
+            why.append(f"stages of {', '.join(map(str, layers))} layers: the last one has the output layer too")
     if layout.micro_batch > 1 and r.micro_batch is None:
         tokens = layout.micro_batch * r.seq // layout.cp
-        limit = f"up to {MICROBATCH_TOKENS:,} make products quicker"
+        limit = f"up to {MICROBATCH_TOKENS:,}, kernels are fewer and larger"
         why.append(f"micro_batch={layout.micro_batch}: {tokens:,} tokens at a time; {limit}")
     if layout.recompute != "none" and r.recompute == "auto":
         saved = estimate(a, r, plain).total

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def start(command: grammar.Command) -> int:
         raise UserError("dryrun=true is for executor=slurm, executor=k8s and engine=nemo_rl; plan=true shows what would run")
     method, family = recipes.split(command.recipe)
     machine = hardware.detect()
-    if not machine.cuda and "device" not in command.keys:
+    if not machine.cuda and not {"device", "gpu"} & set(command.keys):
         print("no CUDA device: training on CPU processes over gloo (size=smoke unless model= or size= is given)")
     keys = recipes.resolve(command.recipe, command.keys, cuda=machine.cuda)
     keys["gpus"] = keys["gpus"] or max(1, len(machine.gpus))
@@ -101,19 +102,25 @@ def start(command: grammar.Command) -> int:
 
 def _run(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path) -> int:
     """`start`, of a run that is not complete and whose folder is held: all of it, or the step that an allocation asks for."""
+    from launchers import local
+
+    threads = max(1, machine.cpu_count // keys["gpus"])
 
     def train(ready: _Ready) -> signal.Signals | None:
-        from launchers import local
+        keys = ready.keys
+        return local.run(run_dir, keys["gpus"], threads, max_steps=keys["steps"], restarts=keys["restarts"], ahead=ahead)
 
-        gpus = ready.keys["gpus"]
-        threads = max(1, machine.cpu_count // gpus)
-        return local.run(run_dir, gpus, threads, max_steps=ready.keys["steps"], restarts=ready.keys["restarts"])
+    def start_workers() -> None:
+        if machine.cuda and allocation.phase(command) is None:  # a CPU has its hands full
+            ahead.start(run_dir, keys["gpus"], threads)
 
     if allocation.phase(command) == allocation.FINISH and "preview" in keys:
         keys = {**keys, "preview": 0}  # shown before training
-    return allocation.carry_out(
-        command, run_dir, ready=lambda: _ready(command, keys, machine, run_dir), hand_over=_hand_over, train=train, finish=_finish
-    )
+    with local.Ahead() as ahead:
+        return allocation.carry_out(
+            command, run_dir, ready=lambda: _ready(command, keys, machine, run_dir, start_workers),
+            hand_over=_hand_over, train=train, finish=_finish,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,8 @@ class _Ready:
     senses: list[dict[str, Any]] | None
 
 
-def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path) -> _Ready:
-    """Plan the run and prepare its data, which is quick when it was done before."""
+def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Path, start_workers: Callable[[], None]) -> _Ready:
+    """Plan the run and prepare its data, which is quick when it was done before. `start_workers` is called in between."""
     from launchers import plan, prepare
 
     method, family = recipes.split(command.recipe)
@@ -154,6 +161,7 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Pat
         architecture, media = prepare.shape(checkpoint), senses.inputs(checkpoint, keys, method.modality)
     tokenizer = _tokenizer(keys, checkpoint, architecture)
     print(layout.brief(planned, trained))
+    start_workers()
     text = prepare.conversations(keys, tokenizer, media) if method.conversations else prepare.corpus(keys, tokenizer)
     rows = keys["epochs"] * prepare.rows_per_epoch(text, keys)
     keys["steps"] = keys["steps"] or max(1, int(rows // keys["global_batch"]))

@@ -26,7 +26,8 @@ def request(method, keys: dict[str, Any], machine, checkpoint: Checkpoint | None
     statistics = adapters.statistics(architecture, recipes.adapter(method, keys), keys) / max(1, trained)
     sense = planned(keys, checkpoint, method.modality) if method.modality else None
     tower = layout.tower(keys, architecture, sense)
-    return layout.request(keys, machine, trained / architecture.num_parameters(), method.nf4, tower, statistics)
+    share, packed = trained / architecture.num_parameters(), method.conversations and keys["pack"]
+    return layout.request(keys, machine, share, method.nf4, tower, statistics, packed)
 
 
 def planned(keys: dict[str, Any], checkpoint: Checkpoint | None, modality: str) -> Sense:

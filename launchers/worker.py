@@ -16,12 +16,15 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
 
 JOB = "job.json"  # what the launcher hands over: recipe, keys, overrides, shape and this machine's paths
 LAUNCHER = "LLM_BUILDER_LAUNCHER"  # environment: the process id of a launcher on this machine
+AHEAD = "LLM_BUILDER_AHEAD"  # environment: what the file GO of the run's folder will say when there is a job
+GO = f"logs/{AHEAD.lower()}"
 PR_SET_PDEATHSIG = 1
 LOCK_PATIENCE = 150  # seconds that a dead node's lock may outlive it on a file server (NFS 4: a lease of 90)
 GIB = 2**30
@@ -49,7 +52,8 @@ def main(run_dir: Path) -> int:
                 print(error, flush=True)
                 return error.exit_code
         try:
-            train(run_folder.read_json(run_dir / JOB), run_dir)
+            waited = await_job(run_dir)
+            train(run_folder.read_json(run_dir / JOB), run_dir, waited)
         except Exception as error:
             with suppress(OSError):
                 traceback.print_exc()
@@ -96,31 +100,74 @@ def interface_towards(address: str) -> str | None:
     return next((name for name, addresses in interfaces if any(each.address == own for each in addresses)), None)
 
 
-def train(job: dict, run_dir: Path) -> None:
-    """Build and run the job's recipe in this process of the group."""
+def await_job(run_dir: Path) -> float:
+    """Where this process was started ahead of its job, import what training takes, which is most of a start, and wait until the
+    launcher has prepared the data; a launcher that ends takes this process with it. Returns the seconds waited."""
+    ticket = os.environ.get(AHEAD)
+    if ticket is None:
+        return 0.0
     from nemo_ext import platform
+    from nemo_ext.platform.lean import lean
 
-    platform.activate()
-    import fiddle as fdl
-    import torch
+    with lean():
+        platform.activate()
+        with platform.uncollected():
+            import recipes.training  # noqa: F401
+    began = time.monotonic()
+    while not _orphaned():
+        with suppress(FileNotFoundError):
+            if (run_dir / GO).read_text() == ticket:
+                return time.monotonic() - began
+        time.sleep(0.05)
+    os._exit(1)  # torchrun was killed before this process could ask to die with it
 
-    import recipes
-    from nemo_ext.architecture import Architecture
 
+def _orphaned() -> bool:
+    """Whether a launcher of this machine started this process and is none of its ancestors any more."""
+    launcher = os.environ.get(LAUNCHER)
+    return launcher is not None and int(launcher) not in {each.pid for each in psutil.Process().parents()}
+
+
+def train(job: dict, run_dir: Path, waited: float = 0.0) -> None:
+    """Build and run the job's recipe in this process of the group. `waited` is how long it waited for the job, in seconds."""
+    from nemo_ext import platform
+    from nemo_ext.platform.lean import lean
+
+    with lean():
+        platform.activate()
+        import fiddle as fdl
+        import torch
+
+        import recipes
+        from nemo_ext.architecture import Architecture
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if torch.cuda.is_available() and job["keys"]["gpu_memory"]:
         _hold_to(job["keys"]["gpu_memory"] * GIB)
     shape = Architecture(**job["architecture"])
-    with platform.uncollected():  # it imports the rest of NeMo
+    with lean(), platform.uncollected():  # it imports the rest of NeMo
         recipe = recipes.load(job["recipe"], shape=shape, overrides=job["overrides"], senses=job.get("senses"), **job["keys"])
     recipes.bind(recipe, run_dir=str(run_dir), tokenizer=job["tokenizer"], blend=job["blend"], weights=job["weights"],
                  checkpoint=job["checkpoint"])  # fmt: skip
+    if "trainer" in recipe.__arguments__:  # GRPO's has none
+        _tell_start(recipe, waited)
     with _left_on_device():
         fdl.build(recipe)()
     _write_memory(run_dir, int(os.environ.get("RANK", "0")))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _tell_start(recipe: Any, waited: float) -> None:
+    """Let the log say how long it took from the command to the first step, and why."""
+    import nemo_run
+
+    from nemo_ext.callbacks.start import StartTimes
+
+    started = psutil.Process().create_time()
+    commanded = psutil.Process(int(os.environ[LAUNCHER])).create_time() if LAUNCHER in os.environ else started
+    before = {"command": started - commanded, "imports": time.time() - started - waited, "waiting for the data": waited}
+    recipe.trainer.callbacks.append(nemo_run.Config(StartTimes, before=before))
 
 
 def _hold_to(size: float) -> None:

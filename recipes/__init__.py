@@ -16,6 +16,7 @@ from nemo_ext import adapters
 from nemo_ext.architecture import Architecture
 from nemo_ext.command_line import check_value
 from nemo_ext.errors import UserError
+from nemo_ext.gpus import KINDS
 from nemo_ext.multimodal import freezing, towers
 from nemo_ext.multimodal.description import AUDIO, VISION, Sense
 from recipes import grpo, models
@@ -119,7 +120,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
             raise UserError(f"{key}= is for recipe={only[0]}_{family}, not for {name}")
     keys = {**{n: f.default for n, f in fields().items()}, **method.defaults}
     keys.update({k: v for k, v in given.items() if v is not None})
-    keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
+    _device(keys, cuda)
     on_cpu = keys["device"] == "cpu"
     keys["size"] = keys["size"] or ("smoke" if on_cpu and not keys["model"] else FAMILIES[family].default_size)
     smoke = on_cpu and keys["size"] == "smoke"
@@ -261,6 +262,17 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
     from recipes import binding
 
     return binding.bind(recipe, run_dir=run_dir, tokenizer=tokenizer, blend=blend, weights=weights, checkpoint=checkpoint)
+
+
+def _device(keys: dict[str, Any], cuda: bool) -> None:
+    """What `gpu=` implies. Raises UserError."""
+    if keys["gpu"] and keys["device"] == "cpu":
+        raise UserError(f"gpu={keys['gpu']} device=cpu: leave one of them out")
+    check_value("gpu", keys["gpu"], fields()["gpu"])
+    if keys["gpu"]:
+        keys["device"] = "gpu"
+        keys["gpu_memory"] = keys["gpu_memory"] or KINDS[keys["gpu"]].memory / 2**30
+    keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
 
 
 def _numbers(keys: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_ext.command_line import key, keys_of
+from nemo_ext.gpus import KINDS
 
 TEXT = ("pretrain", "cpt")  # methods that learn documents
 LOW_RANK = ("lora", "qlora", "dora", "moe_dora")  # methods that train an adapter of a rank that is given
@@ -218,15 +219,20 @@ class TrainKeys:
     cp: int | None = key(None, "context parallel size", path="trainer.strategy.context_parallel_size", auto="planned", above=0)
     ep: int | None = key(None, "expert parallel size of a mixture of experts", path="trainer.strategy.expert_model_parallel_size",
                          auto="planned; 1 for other models", above=0)  # fmt: skip
+    balance: bool = key(True, "give the last pipeline stage fewer layers, for the output layer that it has too")
     sp: bool | None = key(None, "sequence parallelism", path="trainer.strategy.sequence_parallel", auto="on with tp above 1")
     recompute: str = key("auto", "activation recomputation", choices=("auto", "none", "selective", "full"))
     distributed_optimizer: bool = key(True, "shard optimizer states over data-parallel ranks",
                                       path="trainer.strategy.ddp.use_distributed_optimizer")  # fmt: skip
     overlap: bool = key(True, "overlap gradient and parameter communication with computation",
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
+    cuda_graphs: bool = key(False, "start a step's kernels as one CUDA graph, which saves the host's time", only=TEXT)
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
+    gpu: str | None = key(
+        None, "kind of GPU to plan for, with its memory and links; implies device=gpu", choices=tuple(KINDS), auto="the machine's"
+    )
     gpu_memory: float | None = key(
-        None, "memory of a device to plan for; a GPU run takes no more", unit="GiB", auto="what the machine has", above=0
+        None, "memory of a device to plan for; a GPU run takes no more", unit="GiB", auto="what the machine or gpu= has", above=0
     )
 
     out: str | None = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")

@@ -22,7 +22,9 @@ from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
+from nemo_ext.callbacks.graphs import StepGraph
 from nemo_ext.callbacks.guard import LossGuard
+from nemo_ext.callbacks.loss import LossWithoutWaiting
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.profile import Profile
 from nemo_ext.callbacks.random_state import SeedEachStep
@@ -41,6 +43,7 @@ from nemo_ext.multimodal.flops import trained_flops
 from nemo_ext.multimodal.freezing import FULL, LORA, Trained, num_trained
 from nemo_ext.multimodal.training import with_senses
 from nemo_ext.optim import MegatronAdam, WarmupSchedule
+from nemo_ext.pipeline import chunk_layers, megatron_layout
 from nemo_ext.run_folder import CHECKPOINTS
 from recipes.keys import bytes_per_parameter
 
@@ -139,6 +142,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         tensor_model_parallel_size=keys["tp"],
         pipeline_model_parallel_size=keys["pp"],
         virtual_pipeline_model_parallel_size=keys["vp"] if keys["vp"] and keys["vp"] > 1 else None,
+        pipeline_model_parallel_layout=None if senses else _stages(keys, architecture),
         context_parallel_size=keys["cp"],
         expert_model_parallel_size=keys["ep"],
         sequence_parallel=keys["sp"],
@@ -146,9 +150,10 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         ddp=ddp,
         gradient_as_bucket_view=True,
         ckpt_async_save=keys["async_save"],
-        ckpt_optim_fully_reshardable=True,  # loads at any other TP, PP and DP
-        distrib_optim_fully_reshardable_mem_efficient=True,  # else every process holds all of a stage's states on the host
+        ckpt_assume_constant_structure=True,  # planned once, not at every save
+        ckpt_optim_fully_reshardable=True,  # loads at any other TP, PP and DP; see nemo_ext/platform/optimizer_shards.py
         replace_progress_bar=False,
+        use_te_rng_tracker=keys["cuda_graphs"],  # the other's numbers would be the same in every replay
         **what,
     )
     callbacks = [
@@ -167,6 +172,8 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
             wandb=keys["wandb"],
             stop_on_nan=keys["on_nan"] == "stop",
         ),
+        run.Config(LossWithoutWaiting),
+        *_graphs(keys),
         *_guards(keys),
         *_rank_allocation(keys, architecture, adapter),
         run.Config(SeedEachStep, seed=keys["seed"], adapter_dropout=keys["dropout"] if adapter else 0.0),
@@ -207,13 +214,30 @@ def _tower_adapter(keys: dict[str, Any], parts: Trained) -> dict[str, Any] | Non
     return dict(rank=keys["rank"], scale=keys["alpha"] / keys["rank"], dropout=keys["dropout"])
 
 
+def _stages(keys: dict[str, Any], architecture: Architecture) -> str | None:
+    """Megatron's layout of pipeline stages that are not equal; None where all are."""
+    layers = chunk_layers(architecture, keys["pp"], keys["vp"]) if keys["balance"] else []
+    return megatron_layout(layers) if len(set(layers)) > 1 else None
+
+
+def _graphs(keys: dict[str, Any]) -> list[run.Config]:
+    """Raises UserError where a step cannot be captured."""
+    if not keys["cuda_graphs"]:
+        return []
+    if keys["device"] == "cpu":
+        raise UserError("cuda_graphs=true is for GPUs")
+    if keys["recompute"] != "none":
+        raise UserError(f"cuda_graphs=true: nothing can be recomputed in a graph, and recompute={keys['recompute']}")
+    return [run.Config(StepGraph)]
+
+
 def _guards(keys: dict[str, Any]) -> list[run.Config]:
     """What looks at a step's loss before it is applied, and at the ranks' times."""
     found = []
     if keys["on_nan"] != "stop" or keys["on_spike"] != "none":
         spikes = dict(on_spike=keys["on_spike"], spike_factor=keys["spike_factor"], spike_window=keys["spike_window"])
         found.append(run.Config(LossGuard, run_dir="", on_nan=keys["on_nan"], **spikes))
-    if keys["straggler_factor"] and keys["nodes"] * keys["gpus"] > 1:
+    if keys["straggler_factor"] and keys["nodes"] * keys["gpus"] > 1 and not keys["cuda_graphs"]:  # which is one span to the host
         found.append(run.Config(Stragglers, run_dir="", factor=keys["straggler_factor"]))
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from conversion.quantization.formats import Format
+from conversion.quantization.formats import Format, refuse_int8_cache
 from conversion.quantization.stored import Quantized, StoredLinear, names_by_format, write_folder
 from nemo_ext.errors import UserError
 
@@ -24,8 +24,7 @@ VERSION = "0.12.2"  # of the layout that is written
 
 def check(form: Format, kv_cache: str | None = None) -> None:
     """Raises UserError for a format of layers or of the cache that has no layout there."""
-    if kv_cache == "int8":
-        raise UserError("kv_cache=int8 is for format=tensorrt_llm: the other runtimes take fp8")
+    refuse_int8_cache(kv_cache)
     if form.name not in LAYOUTS:
         raise UserError(f"compressed-tensors has no {form.name} with calibrated inputs: use format=modelopt or tensorrt_llm")
 

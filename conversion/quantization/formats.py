@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_ext.errors import UserError
+
 GROUPS = (128, 64, 32)  # sizes of a group of INT4 weights that the runtimes have kernels for, best first
 NVFP4_BLOCK = 16
 FP8_MAX, INT8_MAX, INT4_MAX, E2M1_MAX = 448.0, 127.0, 7.0, 6.0
@@ -81,3 +83,9 @@ def format_of(name: str, group: int) -> Format:
         "w4a8": Format("w4a8", "int4", "fp8", group),
         "nvfp4": Format("nvfp4", "nvfp4", "nvfp4", NVFP4_BLOCK),
     }[name]
+
+
+def refuse_int8_cache(kv_cache: str | None) -> None:
+    """Raises UserError for keys and values in INT8, which TensorRT-LLM alone takes."""
+    if kv_cache == "int8":
+        raise UserError("kv_cache=int8 is for format=tensorrt_llm: the other runtimes take fp8")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from conversion.quantization.formats import Format
+from conversion.quantization.formats import Format, refuse_int8_cache
 from conversion.quantization.stored import Quantized, StoredLinear, names_by_format, write_folder
 from nemo_ext.errors import UserError
 
@@ -25,8 +25,7 @@ ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ", "w4a8": "W4A8_AWQ", "nvfp4": "N
 
 def check(form: Format, kv_cache: str | None = None) -> None:
     """Raises UserError for a format of layers or of the cache that has no layout there."""
-    if kv_cache == "int8":
-        raise UserError("kv_cache=int8 is for format=tensorrt_llm: the other runtimes take fp8")
+    refuse_int8_cache(kv_cache)
     if form.name not in ALGORITHMS:
         raise UserError(f"no runtime loads {form.name} from ModelOpt's layout: use format=compressed_tensors or tensorrt_llm")
 

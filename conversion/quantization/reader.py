@@ -58,7 +58,7 @@ def read(folder: Path) -> Read:
         attention = parent.removesuffix(".k_proj").removesuffix(".v_proj")
         scales = {which: tensors.pop(f"{which}_scale") for which in "kv" if f"{which}_scale" in tensors}
         if scales:
-            cache.setdefault(attention, {}).update({which: _fp8(scale) for which, scale in scales.items()})
+            cache.setdefault(attention, {}).update({which: to_fp8(scale) for which, scale in scales.items()})
         if (bias := tensors.pop("bias", None)) is not None:
             found.weights[f"{parent}.bias"] = torch.from_numpy(bias)
         if tensors:
@@ -182,13 +182,13 @@ def _compressed(name: str, tensors: dict[str, np.ndarray], config: Mapping[str, 
         rows, columns = (int(n) for n in tensors["weight_shape"])
         words = tensors["weight_packed"].view(np.uint32)
         codes = np.stack([words >> 4 * i & 15 for i in range(8)], -1).reshape(rows, -1)[:, :columns].astype(np.float32) - 8
-        return codes * _columns(tensors["weight_scale"], columns, weights["group_size"]), None
+        return codes * by_column(tensors["weight_scale"], columns, weights["group_size"]), None
     if layout == "nvfp4-pack-quantized":
         scale = decode_e4m3(tensors["weight_scale"]) * (1 / tensors["weight_global_scale"])
         values = decode_e2m1(_pairs(tensors["weight_packed"]))
-        return values * _columns(scale, values.shape[1], weights["group_size"]), _nvfp4(1 / tensors["input_global_scale"])
+        return values * by_column(scale, values.shape[1], weights["group_size"]), to_nvfp4(1 / tensors["input_global_scale"])
     codes = decode_e4m3(tensors["weight"]) if layout == "float-quantized" else tensors["weight"].astype(np.float32)
-    rounding = _fp8(tensors["input_scale"]) if layout == "float-quantized" else _int8(tensors["input_scale"])
+    rounding = to_fp8(tensors["input_scale"]) if layout == "float-quantized" else to_int8(tensors["input_scale"])
     scale = tensors["weight_scale"]
     if scale.shape != ((1,) if weights["strategy"] == "tensor" else (len(codes), 1)):
         raise ValueError(f"weight_scale is {scale.shape}")
@@ -202,25 +202,25 @@ def _modelopt(name: str, tensors: dict[str, np.ndarray], config: Mapping[str, An
     details = config["quantized_layers"][name] if config["quant_algo"] == "MIXED_PRECISION" else config
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if details["quant_algo"] == "FP8":
-        return decode_e4m3(weight) * scale, _fp8(tensors["input_scale"])
+        return decode_e4m3(weight) * scale, to_fp8(tensors["input_scale"])
     if details["quant_algo"] == "NVFP4":
         values = decode_e2m1(_pairs(weight))
         blocks = decode_e4m3(scale) * tensors["weight_scale_2"]
-        return values * _columns(blocks, values.shape[1], details["group_size"]), _nvfp4(tensors["input_scale"])
+        return values * by_column(blocks, values.shape[1], details["group_size"]), to_nvfp4(tensors["input_scale"])
     if details["quant_algo"] not in ("W4A16_AWQ", "W4A8_AWQ"):
         raise ValueError(f"quant_algo is {details['quant_algo']}")
     codes = np.empty((2 * len(weight), weight.shape[1]), np.float32)
     codes[0::2] = (weight & 15 ^ 8).astype(np.float32) - 8  # two's complement of four bits
     codes[1::2] = (weight >> 4 ^ 8).astype(np.float32) - 8
-    values = codes * _columns(scale, weight.shape[1], details["group_size"])
+    values = codes * by_column(scale, weight.shape[1], details["group_size"])
     before = torch.from_numpy(tensors["pre_quant_scale"])
     if details["quant_algo"] == "W4A16_AWQ":
         return values, lambda x: x * before.to(x)
-    outer, after = tensors["weight_scale_2"], _fp8(tensors["input_scale"])
+    outer, after = tensors["weight_scale_2"], to_fp8(tensors["input_scale"])
     return e4m3(torch.from_numpy(values / outer)).numpy() * outer, lambda x: after(x * before.to(x))
 
 
-def _columns(scale: np.ndarray, columns: int, group: int) -> np.ndarray:
+def by_column(scale: np.ndarray, columns: int, group: int) -> np.ndarray:
     """Scales of groups `[rows, columns / group]`, one a column."""
     if scale.shape[1] * group != columns:
         raise ValueError(f"{scale.shape[1]} scales of {group} for {columns} columns")
@@ -232,12 +232,14 @@ def _pairs(packed: np.ndarray) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
 
 
-def _fp8(scale: np.ndarray) -> Round:
+def to_fp8(scale: np.ndarray) -> Round:
+    """E4M3 in units of `scale`, one number."""
     step = torch.from_numpy(scale.reshape(()).astype(np.float32))
     return lambda x: (e4m3(_over(x, step)) * step.to(x.device)).to(x.dtype)
 
 
-def _int8(scale: np.ndarray) -> Round:
+def to_int8(scale: np.ndarray) -> Round:
+    """INT8 in units of `scale`, one number."""
     step = torch.from_numpy(scale.reshape(()).astype(np.float32))
     return lambda x: (torch.round(_over(x, step)).clamp(-128, 127) * step.to(x.device)).to(x.dtype)
 
@@ -248,7 +250,7 @@ def _over(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     return x.float() / step.to(x.device)
 
 
-def _nvfp4(outer: np.ndarray) -> Round:
+def to_nvfp4(outer: np.ndarray) -> Round:
     """Blocks of 16 along the last dimension with a scale of their own, which is rounded to E4M3 in units of `outer`."""
     unit = torch.from_numpy(outer.reshape(()).astype(np.float32))
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from conversion import safetensors_io
-from conversion.quantization.reader import Read, Round, _columns, _fp8, _int8, build, decode_e4m3, e4m3, to_numpy
+from conversion.quantization.reader import Read, Round, build, by_column, decode_e4m3, e4m3, to_fp8, to_int8, to_numpy
 from nemo_ext.errors import RunError
 
 HUGGING_FACE = {
@@ -79,7 +79,7 @@ def _layer(found: Read, prefix: str, parts: list[Tensors], config: Mapping[str, 
     found.weights[f"{prefix}input_layernorm.weight"] = torch.from_numpy(parts[0]["input_layernorm.weight"])
     found.weights[f"{prefix}post_attention_layernorm.weight"] = torch.from_numpy(parts[0]["post_layernorm.weight"])
     if "attention.kv_cache_scaling_factor" in parts[0]:
-        cache = {"FP8": _fp8, "INT8": _int8}[config["quantization"]["kv_cache_quant_algo"]]
+        cache = {"FP8": to_fp8, "INT8": to_int8}[config["quantization"]["kv_cache_quant_algo"]]
         rounding = cache(parts[0]["attention.kv_cache_scaling_factor"])
         found.kv[f"{prefix}self_attn"] = (rounding, rounding)
     for module in ("attention.qkv", *HUGGING_FACE):
@@ -121,16 +121,16 @@ def _dequantized(tensors: Tensors, details: Mapping[str, Any] | None) -> tuple[n
         return weight, None
     algorithm, scale = details["quant_algo"], tensors["weights_scaling_factor"]
     if algorithm == "FP8":
-        return decode_e4m3(weight) * scale, _fp8(tensors["activation_scaling_factor"])
+        return decode_e4m3(weight) * scale, to_fp8(tensors["activation_scaling_factor"])
     before = torch.from_numpy(tensors["prequant_scaling_factor"])
     if not bool((before == 1).all()):
         raise RunError("prequant_scaling_factor is not one")
     if algorithm == "W8A8_SQ_PER_CHANNEL":
-        return weight.astype(np.float32) * scale[:, None], _int8(tensors["activation_scaling_factor"])
+        return weight.astype(np.float32) * scale[:, None], to_int8(tensors["activation_scaling_factor"])
     transposed = weight.view(np.uint8).T  # [in, out / 2]
     halves = np.stack([transposed & 15, transposed >> 4], -1).reshape(transposed.shape[0], -1)  # [in, out]
-    values = ((halves ^ 8).astype(np.float32) - 8).T * _columns(scale, weight.shape[1], details["group_size"])
+    values = ((halves ^ 8).astype(np.float32) - 8).T * by_column(scale, weight.shape[1], details["group_size"])
     if algorithm == "W4A16_AWQ":
         return values, None
     outer = tensors["weights_scaling_factor_2"]
-    return e4m3(torch.from_numpy(values / outer)).numpy() * outer, _fp8(tensors["activation_scaling_factor"])
+    return e4m3(torch.from_numpy(values / outer)).numpy() * outer, to_fp8(tensors["activation_scaling_factor"])

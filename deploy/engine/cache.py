@@ -22,10 +22,10 @@ class Place:
     positions: torch.Tensor
     length: int  # tokens that are read of each row
 
-    def set(self, rows: Sequence[int], positions: torch.Tensor, length: int) -> None:
-        """`rows` of the cache, and where their new tokens stand."""
+    def set(self, rows: Sequence[int], index: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+        """`rows` of the cache, `index` with the same on the cache's device, and where their new tokens stand."""
         first, count = rows[0], len(rows)
-        self.rows = torch.tensor(rows, device=positions.device)
+        self.rows = index
         self.read = slice(first, first + count) if list(rows) == list(range(first, first + count)) else self.rows
         self.positions, self.length = positions, length
 

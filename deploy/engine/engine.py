@@ -57,8 +57,8 @@ class Engine:
         """Load the model of a Hugging Face folder. Raises UserError (see Network).
 
         `rows` sequences run at once, and `max_waiting` requests wait. A step reads at most `prefill_tokens` of prompts. With a
-        `draft` (see speculation.load) at most `draft_tokens` are guessed for each sequence and step. A model that sees takes at
-        most so many `images` in a request, of `image_pixels` each, one that hears so many sounds.
+        `draft` (see speculation.load) at most `draft_tokens` are guessed for each sequence and step, fewer where guesses fail. A
+        model that sees takes at most so many `images` in a request, of `image_pixels` each, one that hears so many sounds.
         """
         tokenizer = load_tokenizer(folder)
         sizes = dict(rows=rows, prefill_tokens=max(prefill_tokens, draft_tokens + 1), dtype=dtype)
@@ -228,6 +228,7 @@ class Engine:
             group.search = GroupedSearch(request, self._end_ids, group.grammars[0] if group.grammars else None)
         for sequence in group.members:
             grammar = group.grammars[sequence.index] if group.grammars and not group.search else None
+            sequence.ahead = self._draft_tokens
             sequence.state = new_state(request, sequence.index, self._tokenizer, grammar, self.network.device)
 
     def _step(self) -> None:
@@ -261,8 +262,7 @@ class Engine:
         """Give running sequences a token, and further ones as far as their drafts hold."""
 
         def work() -> tuple[list[Draft], list[list[int]], torch.Tensor]:
-            counts = [0 if s.group.search else min(self._draft_tokens, s.group.request.max_tokens - s.state.generated - 1)
-                      for s in running]  # fmt: skip
+            counts = [0 if s.group.search else min(s.ahead, s.group.request.max_tokens - s.state.generated - 1) for s in running]
             drafts = self._drafter.propose(running, counts)
             tokens = [[s.ids[-1], *draft.tokens] for s, draft in zip(running, drafts, strict=True)]
             return drafts, tokens, self._forward(running, tokens, every=True)
@@ -270,7 +270,7 @@ class Engine:
         if (worked := self._tried(running, work)) is None:
             return
         drafts, tokens, logits = worked
-        self._guessed += sum(len(draft.tokens) for draft in drafts)
+        held = [0] * len(running)  # guesses, by row
         for sequence, new in zip(running, tokens, strict=True):
             sequence.cached += len(new)  # rows that move before the end take all of them along
         self._drop_spoilt(running, logits.flatten(1))
@@ -278,18 +278,23 @@ class Engine:
         for place in range(logits.shape[1]):
             if not going:
                 break
-            self._advance([running[row] for row in going], logits[going, place], [drafts[row].guess(place) for row in going])
+            here = logits[:, place] if len(going) == len(running) else logits[going, place]
+            self._advance([running[row] for row in going], here, [drafts[row].guess(place) for row in going])
             going = [row for row in going if running[row].ids[-1:] == tokens[row][place + 1 : place + 2]]
-            self._accepted += len(going)
+            for row in going:
+                held[row] += 1
             going = [row for row in going if running[row].row >= 0]
-        for sequence in running:
+        self._accepted += sum(held)
+        for sequence, draft, right in zip(running, drafts, held, strict=True):
+            self._guessed += len(draft.tokens)
+            sequence.ahead = speculation.ahead(sequence.ahead, len(draft.tokens), right, self._draft_tokens)
             sequence.cached = len(sequence.ids) - 1  # what was guessed wrong is written over
             sequence.drafted = min(sequence.drafted, sequence.cached)
 
     def _drop_spoilt(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """End requests whose logits [b, v] hold a NaN, and clear their rows before any row is moved."""
-        wrong = logits.isnan().any(dim=-1).nonzero().flatten().tolist()
-        groups = {id(sequences[row].group): sequences[row].group for row in wrong}.values()
+        wrong = logits.isnan().any(dim=-1).tolist()
+        groups = {id(s.group): s.group for s, is_wrong in zip(sequences, wrong, strict=True) if is_wrong}.values()
         for group in groups:
             for member in group.members:
                 for cache in self._caches if member.row >= 0 else ():
@@ -304,14 +309,14 @@ class Engine:
         return self.network.forward([s.row for s in sequences], tokens, [s.cached for s in sequences], adapters, every, seen)
 
     def _seen(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], torch.Tensor] | None:
-        """Where placeholders of pictures stand among a prompt's next tokens, and their embeddings; None where there are none."""
+        """Where placeholders of media stand among a prompt's next tokens, and their embeddings; None where there are none."""
         group = sequence.group
-        if not group.request.pictures or sequence.cached >= len(group.request.prompt):
+        if not group.request.media or sequence.cached >= len(group.request.prompt):
             return None
         media = self.prompts.media
         sense = media.sense
         if group.seen is None:
-            group.seen = media.embeddings(self.network.base, group.request.pictures)
+            group.seen = media.embeddings(self.network.base, group.request.media)
         places = [place for place, token in enumerate(tokens) if token == sense.token_id]
         before = sequence.ids[: sequence.cached].count(sense.token_id)
         return places, group.seen[before : before + len(places)]
@@ -336,7 +341,8 @@ class Engine:
             chosen = [sequences[row] for row in plain]
             wanted = [row for row in plain if sequences[row].state.logprobs is not None]
             originals = {id(sequences[row]): logits[row].clone() for row in wanted}
-            tokens = choose(logits[plain], [s.state for s in chosen], [s.ids for s in chosen], [guesses[row] for row in plain])
+            theirs = logits if len(plain) == len(sequences) else logits[plain]
+            tokens = choose(theirs, [s.state for s in chosen], [s.ids for s in chosen], [guesses[row] for row in plain])
             for sequence, token in zip(chosen, tokens, strict=True):
                 self._grow(sequence, token, originals.get(id(sequence)))
         beams: dict[int, list[int]] = {}

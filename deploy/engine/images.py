@@ -24,7 +24,7 @@ MOST_PIXELS = 1 << 24  # of an image
 class Images(Media):
     """What a model's folder says of images, and how many and how large ones a request may have."""
 
-    kind, part = "image", "image_url"
+    what, part = "images", "image_url"
 
     def __init__(self, sense: Sense, folder: Path, most: int, most_pixels: int) -> None:
         """Raises UserError for an image processor that does not suit the encoder."""
@@ -44,7 +44,7 @@ class Images(Media):
             image = decode(data)
             return Medium(self._input.of_image(image), self._input.gather((image.height, image.width)))
         except UserError as error:
-            raise Refused(f"image_url: {error}") from None
+            raise Refused(f"{self.part}: {error}") from None
 
     def _check_pixels(self, data: bytes) -> None:
         from PIL import Image
@@ -57,19 +57,19 @@ class Images(Media):
         if width * height > self.most_pixels:
             raise Refused(f"image_url: an image of {width}x{height} pixels is more than the server's {self.most_pixels:,}")
 
-    def embeddings(self, model: Any, pictures: Sequence[Medium]) -> Any:
-        """Embeddings [placeholders, h] of a request's pictures in order, by transformers' LLaVA or LLaVA-NeXT `model`."""
+    def embeddings(self, model: Any, images: Sequence[Medium]) -> Any:
+        """Embeddings [placeholders, h] of a request's images in order, by transformers' LLaVA or LLaVA-NeXT `model`."""
         import torch
 
         sense, tower, projector = self.sense, model.model.vision_tower, model.model.multi_modal_projector
         found = []
-        for picture in pictures:
-            pixels = torch.from_numpy(picture.inputs).to(model.device, model.dtype)
+        for image in images:
+            pixels = torch.from_numpy(image.inputs).to(model.device, model.dtype)
             hidden = tower(pixels, output_hidden_states=True).hidden_states[sense.encoder.feature_layer]
             if sense.encoder.has_class_token and not sense.encoder.class_token:
                 hidden = hidden[:, 1:]
             table = projector(hidden).flatten(0, 1)
             if sense.tiling is not None:
                 table = torch.cat([table, model.model.image_newline[None].to(table.dtype)])  # NEWLINE is the last row
-            found.append(table[torch.from_numpy(picture.gather).to(model.device)])
+            found.append(table[torch.from_numpy(image.gather).to(model.device)])
         return torch.cat(found)

@@ -34,10 +34,10 @@ class Medium:
 
 
 class Media(ABC):
-    """What a model's folder says of images or sounds, and how many a request may have. `kind` is what chat templates call them,
-    `part` what the API does."""
+    """What a model's folder says of images or sounds, and how many a request may have. `what` they are, for people; `part` is
+    the API's word for one."""
 
-    kind: str
+    what: str
     part: str
 
     def __init__(self, sense: Sense, folder: Path, most: int) -> None:
@@ -57,8 +57,7 @@ class Media(ABC):
         """The prompt with each placeholder as often as its medium has embeddings. Raises Refused where counts differ."""
         token = self.sense.token_id
         if (found := list(prompt).count(token)) != len(media):
-            what = "images" if self.kind == "image" else "sounds"
-            raise Refused(f"the prompt has {found} placeholders for {len(media)} {what}: leave placeholders out of texts")
+            raise Refused(f"the prompt has {found} placeholders for {len(media)} {self.what}: leave placeholders out of texts")
         left = iter(media)
         expanded: list[int] = []
         for each in prompt:
@@ -70,8 +69,7 @@ class Media(ABC):
         if other := next((kind for kind in kinds if kind != self.part), None):
             raise Refused(f"this model takes content of type {self.part}: {other} is not served", UNSUPPORTED)
         if len(kinds) > self.most:
-            what = "images" if self.kind == "image" else "sounds"
-            raise Refused(f"{len(kinds)} {what} in one request are more than the server's {self.most}")
+            raise Refused(f"{len(kinds)} {self.what} in one request are more than the server's {self.most}")
 
 
 def from_base64(text: str, part: str) -> bytes:

@@ -65,14 +65,16 @@ class Network:
         """Logits [b, v] in fp32 after the last of each row's new `tokens`, which stand at `starts` and on in its cache; `every`:
         [b, s, v] after each of them, meaningless beyond a row's last. `seen`: for each row None, or places among its tokens and
         the embeddings that stand there in place of the tokens' own."""
-        width = max(map(len, tokens))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens], device=self.device)
-        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        count, width = len(rows), max(map(len, tokens))
+        padded = [token for row in tokens for token in (*row, *[0] * (width - len(row)))]
+        given = torch.tensor([*padded, *starts, *rows], device=self.device)  # one copy to a GPU, which waits for each
+        ids, begins, index = given[: count * width].view(count, width), given[-2 * count : -count], given[-count:]
+        positions = begins[:, None] + torch.arange(width, device=self.device)
         length = max(start + len(row) for start, row in zip(starts, tokens, strict=True))
-        self.cache.place.set(rows, positions, length)
+        self.cache.place.set(rows, index, positions, length)
         masks = {kind: attention.mask(positions, length, self.model.dtype, window) for kind, window in self.windows.items()}
         last = [len(row) - 1 for row in tokens]
-        kept = list(range(width)) if every else sorted(set(last))
+        even, kept = min(last) == width - 1, sorted(set(last))
         more = {"adapter_names": [self._adapters[name] for name in adapters]} if self._adapters else {}
         logits = self.model(
             **self._inputs(ids, seen),
@@ -81,11 +83,13 @@ class Network:
             past_key_values=self.cache,
             cache_position=torch.arange(width, device=self.device),
             use_cache=True,
-            logits_to_keep=torch.tensor(kept, device=self.device),
+            logits_to_keep=0 if every else 1 if even else torch.tensor(kept, device=self.device),  # 0 are all
             **more,
         ).logits
         if every:
             return logits.float()
+        if even:
+            return logits[:, 0].float()
         return logits[range(len(rows)), [kept.index(place) for place in last]].float()
 
     @property

@@ -84,8 +84,8 @@ class Prompts:
         self, messages: list[dict[str, Any]], sources: list[tuple[str, str]], tools: list[dict[str, Any]] | None = None
     ) -> tuple[tuple[int, ...], tuple[Medium, ...]]:
         """Ids of a conversation whose messages have content of parts, {"type": "image"} or {"type": "audio"} for each of
-        `sources` in order, (the API's type of content, what it says), and the pictures; each has as many placeholders in the ids
-        as embeddings."""
+        `sources` in order, (the API's type of content, what it says), and the media themselves; each has as many placeholders in
+        the ids as embeddings."""
         if self.media is None:
             raise Refused(f"this model reads text only: content of type {sources[0][0]} is not served", "unsupported_value")
         self.media.check([kind for kind, _ in sources])
@@ -93,8 +93,8 @@ class Prompts:
             mark = self._tokenizer.convert_ids_to_tokens(self.media.sense.token_id)
             messages = [message | {"content": _flat(message["content"], mark)} for message in messages]
         ids = self.chat(messages, tools)
-        pictures = tuple(self.media.made(source) for _, source in sources)
-        return self.media.expand(ids, pictures), pictures
+        media = tuple(self.media.made(source) for _, source in sources)
+        return self.media.expand(ids, media), media
 
     def _encode(self, text: str, **more: bool) -> tuple[int, ...]:
         try:

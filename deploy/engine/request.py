@@ -71,7 +71,7 @@ class Request:
     adapter: str | None = None  # the name of a LoRA adapter; None: the model itself
     ignore_eos: bool = False
     timeout: float | None = None  # seconds from submission to the last token
-    pictures: tuple[Medium, ...] = ()  # whose placeholders stand in the prompt
+    media: tuple[Medium, ...] = ()  # images or sounds whose placeholders stand in the prompt
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Sequence:
     row: int = -1
     cached: int = 0  # tokens of `ids` whose keys and values are in the row
     drafted: int = 0  # the same in the draft model's row
+    ahead: int = 0  # tokens to guess in the next step
     state: Any = None  # what chooses and spells its tokens
 
 
@@ -42,7 +43,7 @@ class Group:
     grammars: list = field(default_factory=list)  # one for each answer, if they follow a schema
     search: Any = None  # the beam search of its members, if that is what it is
     started: float = 0.0  # when it got rows
-    seen: Any = None  # embeddings of its pictures [placeholders, h], while its prompt is read
+    seen: Any = None  # embeddings of its media [placeholders, h], while its prompt is read
 
     @property
     def rows(self) -> int:

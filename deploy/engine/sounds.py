@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.engine.media import UNSUPPORTED, Media, Medium, from_base64
+from deploy.engine.media import Media, Medium, from_base64
 from deploy.engine.request import Refused
 from nemo_ext.data.multimodal import audio
 from nemo_ext.errors import UserError
@@ -20,17 +20,15 @@ MOST_SECONDS = 600  # of a sound
 class Sounds(Media):
     """What a model's folder says of sounds, and how many a request may have."""
 
-    kind, part = "audio", "input_audio"
+    what, part = "sounds", "input_audio"
 
     def made(self, source: str) -> Medium:
         """The sound of a file in base64. Raises Refused for what is no sound, and for one that is too long."""
         data = from_base64(source, self.part)
         try:
-            samples = audio.decode(data)
+            samples = audio.decode(data, MOST_SECONDS)
         except UserError as error:
-            raise Refused(f"input_audio: {error}") from None
-        if (seconds := len(samples) / audio.RATE) > MOST_SECONDS:
-            raise Refused(f"input_audio: a sound of {seconds:.0f} seconds is more than the server's {MOST_SECONDS}", UNSUPPORTED)
+            raise Refused(f"{self.part}: {error}") from None
         windows = self._input.settings.windows(samples, self._input.frames)
         return Medium(windows, self._input.gather(samples.shape))
 

@@ -6,6 +6,7 @@ A drafter's `read`, `propose` and `caches` are those of `Nothing`. The engine ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,14 @@ class Draft:
         """The token at `place`, if it was drawn."""
         drawn = place < len(self.q) and self.q[place] is not None
         return (self.tokens[place], self.q[place]) if drawn else None
+
+
+def ahead(tried: int, guessed: int, held: int, most: int) -> int:
+    """Tokens to guess in a sequence's next step, after `held` of `guessed` ones were right where `tried` were asked for: two
+    more, at most `most`, if all were, else one less. So few are wasted where guesses seldom hold."""
+    if not guessed:
+        return tried
+    return min(tried + 2, most) if held == guessed else max(tried - 1, 1)
 
 
 class Nothing:
@@ -106,26 +115,28 @@ class DraftModel(Nothing):
             rows = [row for row, count in enumerate(counts) if count > place]
             chosen = [sequences[row] for row in rows]
             new = [(sequences[row].ids + drafts[row].tokens)[sequences[row].drafted :] for row in rows]
-            logits = self._forward(chosen, new)
-            likeliest, p = logits.argmax(dim=-1).tolist(), probabilities(logits, [s.state for s in chosen])
+            logits, likeliest = self._forward(chosen, new)
+            p = probabilities(logits, [s.state for s in chosen])
             for number, (row, sequence) in enumerate(zip(rows, chosen, strict=True)):
                 q = p.get(number)
                 drafts[row].tokens.append(likeliest[number] if q is None else draw(q, sequence.state.generator))
                 drafts[row].q.append(q)
         return drafts
 
-    def _forward(self, sequences: list[Sequence], tokens: Rows[Rows[int]]) -> torch.Tensor:
-        """Logits [b, v] of the large model's v. Raises RuntimeError where they are no numbers."""
+    def _forward(self, sequences: list[Sequence], tokens: Rows[Rows[int]]) -> tuple[torch.Tensor, list[int]]:
+        """Logits [b, v] of the large model's v, and the likeliest tokens. Raises RuntimeError where they are no numbers."""
         starts = [s.drafted for s in sequences]
         logits = self._network.forward([s.row for s in sequences], tokens, starts, [None] * len(sequences))
-        if logits.isnan().any():
+        if missing := self._vocabulary - logits.shape[-1]:  # either may be padded beyond the tokens
+            logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        largest, likeliest = logits.max(dim=-1)
+        if any(map(math.isnan, largest.tolist())):  # the largest is NaN where any of them is
             for sequence in sequences:
                 self._network.cache.clear(sequence.row)
             raise RuntimeError("the draft model computed no number")
         for sequence, new in zip(sequences, tokens, strict=True):
             sequence.drafted += len(new)
-        missing = self._vocabulary - logits.shape[-1]  # both may be padded beyond the tokens
-        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+        return logits, likeliest.tolist()
 
 
 def load(

@@ -172,6 +172,11 @@ class Conversations:
         return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values())
 
 
+def with_turns(rows: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """`rows` as rewards read them: with all turns of an answer as `messages`, where there are tools."""
+    return [{**row, "messages": answer.messages} if answer.messages else row for row, answer in zip(rows, answers, strict=True)]
+
+
 def without_calls(said: str, calls: Sequence[ToolCall]) -> str:
     """What a turn says beside its `calls`, and beside the beginning of a call that is none."""
     text = parse(said, {call.name for call in calls})[0] if calls else said

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_ext.data.chat.render import Renderer
 from nemo_ext.errors import UserError
-from nemo_ext.grpo.conversation import Conversations
+from nemo_ext.grpo.conversation import Answer, Conversations, with_turns
 from nemo_ext.grpo.data import Problems, Row
 from nemo_ext.grpo.sampling import sample
 from nemo_ext.grpo.tools import Tools
@@ -92,12 +92,12 @@ def pass_rates(
 
     conversations = Conversations(tokenizer, keys["max_answer"], ends, keys["turns"], tools, renderer)
     at_once = max(1, AT_ONCE // samples)  # problems
-    texts: list[str] = []
+    found: list[Answer] = []
     for begin in range(0, len(rows), at_once):
         prompts = [row["ids"] for row in rows[begin : begin + at_once] for _ in range(samples)]
-        texts += [answer.text for answer in conversations.answers(prompts, samples, turn)]
+        found += conversations.answers(prompts, samples, turn)
         if progress:
             progress(min(begin + at_once, len(rows)), len(rows))
     loaded.close()
-    passed = solved(texts, [row for row in rows for _ in range(samples)])
+    passed = solved([answer.text for answer in found], with_turns([row for row in rows for _ in range(samples)], found))
     return [sum(passed[begin : begin + samples]) / samples for begin in range(0, len(passed), samples)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ext.evaluation import intervals
-from nemo_ext.grpo.conversation import Answer
+from nemo_ext.grpo.conversation import Answer, with_turns
 from nemo_ext.grpo.records import answers_file
 
 SHOWN = 2000  # characters of an answer that are kept
@@ -22,8 +22,7 @@ def measure(
     `val_reward` has a bootstrap interval of 95% over problems, `val_reward_low` to `val_reward_high`; `val_length` is in tokens.
     """
     found = [answer for batch in batches for answer in batch]
-    rows = [{**row, "messages": answer.messages} if answer.messages else row for row, answer in zip(rows, found, strict=True)]
-    values = reward.score([answer.text for answer in found], rows).total
+    values = reward.score([answer.text for answer in found], with_turns(rows, found)).total
     low, high = intervals.ratio([(value, 1.0) for value in values]) or (values[0], values[0])
     figures = {
         "val_reward": sum(values) / len(values),

@@ -82,7 +82,11 @@ class Tools:
             if file.endswith(".py"):
                 if not Path(file).is_file():
                     raise UserError(f"tools={spec}: there is no file {file}")
-                self._wanted.setdefault(str(Path(file).absolute()), []).extend([function] if separator else [])
+                path = str(Path(file).absolute())
+                if separator and self._wanted.get(path) != []:
+                    self._wanted.setdefault(path, []).append(function)
+                else:
+                    self._wanted[path] = []
             elif name in _BUILT_IN:
                 self._means = sandbox.means()
                 self._schemas[name] = _BUILT_IN[name][0]
@@ -91,7 +95,14 @@ class Tools:
                 raise UserError(f"tools={spec}: there is no tool {name}{near}; known are {', '.join(_BUILT_IN)}, FILE.py")
 
     def start(self) -> None:
-        """Import the files. Raises UserError where that fails, or a function cannot be shown to a model."""
+        """Import the files. Raises UserError where that fails, or a function cannot be shown to a model; nothing runs then."""
+        try:
+            self._import()
+        except BaseException:
+            self.close()
+            raise
+
+    def _import(self) -> None:
         for path, wanted in self._wanted.items():
             job = Job("nemo_ext.grpo.tool_worker:caller", (path, tuple(wanted)), ("nemo_ext.grpo.tool_worker",), text=True)
             pool = self._pools[path] = Pool(job, self._workers)

@@ -35,7 +35,7 @@ from nemo_ext.data.chat.render import Renderer
 from nemo_ext.disk import sync, sync_tree
 from nemo_ext.errors import RunError
 from nemo_ext.grpo.advantages import advantages, equal_groups, problem_order, spare_problems
-from nemo_ext.grpo.conversation import Answer, Conversations
+from nemo_ext.grpo.conversation import Answer, Conversations, with_turns
 from nemo_ext.grpo.sampling import sample
 from nemo_ext.grpo.tools import Tools
 from nemo_ext.rewards import Reward
@@ -144,7 +144,7 @@ class Trainer(GRPOTrainer):
         rows = [self.rows[int(prompt)] for prompt in prompts]
         if self.conversations.tools:
             completions = [answer.text for answer in self._answers]
-            rows = [{**row, "messages": answer.messages} for row, answer in zip(rows, self._answers, strict=True)]
+            rows = with_turns(rows, self._answers)
             self._heard += self._answers
         with self._timed("scoring"):
             scores = self.reward.score(completions, rows)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
-from nemo_ext.platform import gpu_megatron, result_queue, versions
+from nemo_ext.platform import gpu_megatron, optimizer_shards, result_queue, versions
 
 _active: bool | None = None
 
@@ -54,6 +54,7 @@ def _install_gpu() -> None:
     versions.bridge()
     gpu_megatron.let_loss_run_on()
     result_queue.install()
+    optimizer_shards.install()
 
 
 def _install_cpu() -> None:
@@ -71,6 +72,7 @@ def _install_cpu() -> None:
 
     cpu_nemo.install()
     result_queue.install()
+    optimizer_shards.install()
 
 
 @contextlib.contextmanager

@@ -113,6 +113,20 @@ class Answers:
         return next(output.finish for output in self.outputs if output.index == index and output.finish)
 
 
+def ask_with_media(engine, kind: str, sources: list[tuple[str, str]], text: str, new: int) -> Answers:
+    """A greedy answer of at most `new` tokens to `text` after media: `kind` as chat templates call them (image or audio), and
+    `sources` as the API does."""
+    from deploy.engine.request import Request, Sampling
+
+    parts = [*[{"type": kind}] * len(sources), {"type": "text", "text": text}]
+    messages, media = [{"role": "user", "content": parts if sources else text}], ()
+    if sources:
+        prompt, media = engine.prompts.chat_with_media(messages, sources)
+    else:
+        prompt = engine.prompts.chat(messages)
+    return Answers(engine, Request(prompt, new, Sampling(temperature=0), media=media))
+
+
 @pytest.fixture(scope="session")
 def ask(engine):
     """Submit a request to the shared engine."""

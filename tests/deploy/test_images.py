@@ -7,11 +7,8 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
-from served_models import Answers, Served, save_model
+from served_models import Answers, Served, ask_with_media, save_model
 
-from deploy.engine.request import Request, Sampling
-
-GREEDY = Sampling(temperature=0)
 CLIP = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
             image_size=56, patch_size=14)  # fmt: skip
 NEW = 12
@@ -85,12 +82,7 @@ def reference(folder, kind: str = "LlavaForConditionalGeneration"):
 
 
 def asked(engine, images, text: str) -> Answers:
-    parts = [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]
-    messages = [{"role": "user", "content": parts if images else text}]
-    if not images:
-        return Answers(engine, Request(engine.prompts.chat(messages), NEW, GREEDY))
-    prompt, pictures = engine.prompts.chat_with_media(messages, [("image_url", url(image)) for image in images])
-    return Answers(engine, Request(prompt, NEW, GREEDY, pictures=pictures))
+    return ask_with_media(engine, "image", [("image_url", url(image)) for image in images], text, NEW)
 
 
 def test_greedy_answers_are_transformers_in_mixed_batches(llava, seeing):

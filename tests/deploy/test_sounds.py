@@ -6,11 +6,8 @@ import wave
 
 import numpy as np
 import pytest
-from served_models import Answers, Served, save_model
+from served_models import Answers, Served, ask_with_media, save_model
 
-from deploy.engine.request import Request, Sampling
-
-GREEDY = Sampling(temperature=0)
 WHISPER = dict(model_type="whisper", d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128, num_mel_bins=8,
                max_source_positions=32)  # fmt: skip
 WINDOW = 64 * 160  # samples: two spectrogram frames, of 160 samples each, are one of the encoder's positions
@@ -98,12 +95,7 @@ def reference(voxtral):
 
 
 def asked(engine, sounds, text: str) -> Answers:
-    parts = [*[{"type": "audio"}] * len(sounds), {"type": "text", "text": text}]
-    messages = [{"role": "user", "content": parts if sounds else text}]
-    if not sounds:
-        return Answers(engine, Request(engine.prompts.chat(messages), NEW, GREEDY))
-    prompt, heard = engine.prompts.chat_with_media(messages, [("input_audio", encoded(each)) for each in sounds])
-    return Answers(engine, Request(prompt, NEW, GREEDY, pictures=heard))
+    return ask_with_media(engine, "audio", [("input_audio", encoded(each)) for each in sounds], text, NEW)
 
 
 def test_greedy_answers_are_transformers_in_mixed_batches(hearing, reference):
@@ -134,7 +126,7 @@ def test_chats_over_http(server, hearing, reference):
         ([{"type": "input_audio", "input_audio": {"data": "aGVsbG8=", "format": "wav"}}], "not audio of a known kind: wav, flac"),
         ([{"type": "input_audio"}], "needs input_audio"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}], "input_audio: image_url is not served"),
-        ([part(sound(0, 3 * 16000))], "a sound of 3 seconds is more than the server's 2"),
+        ([part(sound(0, 3 * 16000))], "input_audio: a sound of 3 seconds: at most 2 are read"),
         ([part(sound(i, 100)) for i in range(3)], "3 sounds in one request are more than the server's 2"),
         ([part(sound(0, 100)), {"type": "text", "text": "and <audio>?"}], "2 placeholders for 1 sounds"),
     ],

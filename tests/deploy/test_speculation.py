@@ -70,6 +70,22 @@ def test_greedy_is_generate_whoever_joins_and_leaves(drafted, reference):
         assert 0.1 * guessed < accepted < 0.9 * guessed
 
 
+def test_as_many_guesses_as_hold(drafted):
+    """Drafts that are always right go on with three tokens, those that never are with one."""
+    from deploy.engine.speculation import ahead
+
+    assert [ahead(3, 3, 1, 5), ahead(3, 3, 3, 4), ahead(2, 2, 2, 5), ahead(1, 1, 0, 5), ahead(2, 0, 0, 5)] == [2, 4, 4, 1, 2]
+    engine, name = drafted
+    before = engine.stats()
+    Answers(engine, Request(prompts(1, seed=51)[0], 60, GREEDY, ignore_eos=True)).wait()
+    guessed, accepted = rates(engine, before)
+    steps = engine.stats().steps - before.steps
+    if name == "same":
+        assert steps < 60 / 3 and guessed > 2.5 * steps
+    if name == "other":
+        assert accepted < 5 and steps < guessed + 2 < 1.2 * steps + 5
+
+
 def test_beams_schemas_penalties_and_n_go_along(drafted, engine):
     """Requests of every kind in one batch, answered as by the engine without a draft."""
     schema = json.dumps({"type": "object", "properties": {"a": {"enum": ["xy", "z"]}}, "required": ["a"],

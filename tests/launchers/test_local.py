@@ -1,12 +1,14 @@
 """What the launcher says of a run that failed, from torchrun's report and the run's status."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from launchers import local
+from launchers import local, worker
 from nemo_ext import run_folder
 from nemo_ext.errors import RunError, UserError
 
@@ -98,3 +100,58 @@ def test_a_process_whose_launcher_is_gone_ends():
     environment = {"PYTHONPATH": str(local.ROOT), local.LAUNCHER: str(gone.pid)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (-9, "")
+
+
+WORKER = """
+import contextlib, json, sys, types
+from pathlib import Path
+from launchers import worker
+from nemo_ext import platform
+from nemo_ext.platform import lean
+
+def train(job, run_dir, waited):
+    (run_dir / "trained").write_text(json.dumps([job["number"], waited]))
+
+worker.train, platform.activate, lean.lean = train, lambda: True, contextlib.nullcontext
+sys.modules["recipes.training"] = types.ModuleType("recipes.training")
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+def test_processes_that_are_ahead_of_their_job_wait_for_it(tmp_path, monkeypatch):
+    started = []
+
+    def spawn(run_dir, processes, threads, more):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": "0", **more}
+        started.append(subprocess.Popen([sys.executable, "-c", WORKER, str(run_dir)], env=environment, start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(local, "_spawn", spawn)
+    with local.Ahead() as ahead:
+        assert ahead.take(tmp_path) is None  # nobody was sent ahead: the run starts its own
+        assert not (tmp_path / worker.GO).exists()
+        run_folder.write_json(tmp_path / worker.JOB, {"number": 1})
+        (tmp_path / "logs").mkdir()
+        (tmp_path / worker.GO).write_text("of an earlier start")
+        ahead.start(tmp_path, 1, 1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            started[0].wait(1.5)
+        run_folder.write_json(tmp_path / worker.JOB, {"number": 2})
+        assert ahead.take(tmp_path) is started[0]
+        assert started[0].wait(60) == 0
+        number, waited = json.loads((tmp_path / "trained").read_text())
+        assert number == 2 and 0.1 < waited < 60
+        ahead.start(tmp_path, 1, 1)
+    assert started[1].wait(60) == -signal.SIGKILL  # whoever was not needed
+
+
+def test_a_process_ahead_whose_torchrun_was_killed_ends(tmp_path):
+    """The launcher is there, and lives on: what stood between them died before the process could ask to die with it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": "0", worker.AHEAD: "a job"}
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        environment[worker.LAUNCHER] = str(stranger.pid)
+        assert subprocess.run([sys.executable, "-c", WORKER, str(tmp_path)], env=environment, timeout=50).returncode == 1
+    finally:
+        stranger.kill()
+        stranger.wait()

@@ -9,11 +9,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import recipes
+from launchers.layout import request as request_of
 from launchers.memory import GiB, Layout, Request, estimate, estimate_stage, layers_in_flight, saved_per_token, stage_parameters
 from launchers.plan import plan
 from nemo_ext import adapters
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
+from nemo_ext.gpus import KINDS
+from nemo_ext.platform.hardware import Gpu, Machine
 from recipes.keys import fields
 
 
@@ -246,7 +250,7 @@ def test_other_dimensions_are_checked():
 
 def test_what_does_not_fit_is_refused_with_what_does():
     """Training all of an 8B with Adam on two 48 GB GPUs is impossible: 18 bytes a parameter alone are 67 GiB on each."""
-    two = gpu(gpus=2, gpu_memory=L40, global_batch=16, interconnect="pcie")
+    two = gpu(gpus=2, gpu_memory=L40, global_batch=16, gpu="l40")
     with pytest.raises(UserError, match=r"^does not fit: 8\.0B parameters at .* need 7\d\.\d GiB on one GPU of 44\.4 ") as caught:
         plan(LLAMA_8B, two)
     assert re.search(r"nearest that works: nodes=1 gpus=4 tp=\d pp=\d", str(caught.value))
@@ -269,7 +273,7 @@ def test_choices():
     assert small.tokens_per_step == 65_536
     assert small.why == ["the whole model fits on one GPU"]
 
-    pair = plan(LLAMA_1B, gpu(gpus=2, gpu_memory=L40, global_batch=16, interconnect="pcie")).layout
+    pair = plan(LLAMA_1B, gpu(gpus=2, gpu_memory=L40, global_batch=16, gpu="l40")).layout
     assert (pair.tp, pair.pp, pair.dp, pair.recompute) == (1, 1, 2, "none")
 
     node = plan(LLAMA_8B, gpu())
@@ -284,7 +288,69 @@ def test_choices():
 
     long = plan(LLAMA_8B, gpu(nodes=2, seq=131_072, global_batch=16)).layout
     assert long.cp > 1
-    assert plan(LLAMA_8B, gpu(gpus=2, gpu_memory=H200, global_batch=16, precision="fp8")).layout.tp == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_what_was_measured_best_is_chosen(precision):
+    """Llama 3.1 8B on two H200, benchmarks/results/train_gpu.json: the interleaved pipeline was quicker than TP2 and PP2."""
+    chosen = plan(LLAMA_8B, gpu(gpus=2, gpu_memory=H200, global_batch=16, precision=precision, gpu="h200", cross_entropy="te"))
+    assert (chosen.layout.tp, chosen.layout.pp, chosen.layout.vp, chosen.layout.recompute) == (1, 2, 2, "none")
+    assert chosen.expected.extrapolated == ()
+    assert re.search(
+        r"expected +\d\.\d\d s a step, \d\d,\d{3} tokens/s, \d+,\d{3} a GPU; \d{3} TFLOP/s a GPU; ± \d%", text(chosen)
+    )
+
+
+def text(chosen):
+    return "\n".join(chosen.lines())
+
+
+def test_what_was_not_measured_is_said():
+    """No error is claimed beyond the measurements; a request that names no GPU shows no time at all."""
+    far = plan(LLAMA_8B, gpu(nodes=2, gpu_memory=L40, gpu="l40"))
+    assert far.expected.extrapolated[:3] == ("L40 by its data sheet", "2 nodes", "16 GPUs (2 were measured)")
+    assert "extrapolated: L40 by its data sheet; 2 nodes; 16 GPUs (2 were measured)" in text(far) and "±" not in text(far)
+    other = plan(LLAMA_1B, gpu(gpus=1, gpu_memory=L40, gpu="l40", instead_of="NVIDIA RTX 6000 Ada Generation", global_batch=8))
+    assert "NVIDIA RTX 6000 Ada Generation as if it were L40" in text(other)
+    assert "extrapolated: one CPU was measured, once" in text(plan(SMOKE, cpu()))
+    assert plan(LLAMA_1B, gpu(gpus=1)).expected is None and "expected" not in text(plan(LLAMA_1B, gpu(gpus=1)))
+
+
+def asked(machine, **given):
+    """The request of a recipe's keys on a machine."""
+    keys = {"gpus": 1, **recipes.resolve("pretrain_llama3", {"gpus": 1, **given}, cuda=bool(machine.gpus))}
+    return request_of(keys, machine, 1.0, False)
+
+
+def test_which_gpu_is_planned_for():
+    """`gpu=` says it with its memory and links; else the machine's own, by its name; else it is assumed, and said."""
+    bare = Machine((), False, 2, 8 * GiB)
+    own = Machine((Gpu("NVIDIA H200", 150_000_000_000, (9, 0)),), True, 16, 64 * GiB)
+    card = Machine((Gpu("NVIDIA A10", 24 * GiB, (8, 6)),), True, 16, 64 * GiB)
+    for machine in (bare, own):
+        there = asked(machine, gpu="l40")
+        assert (there.device, there.gpu, there.instead_of) == ("gpu", "l40", None)
+        assert there.gpu_memory == KINDS["l40"].memory
+    assert asked(bare, gpu="a100", gpu_memory=40.0).gpu_memory == 40 * GiB
+    here = asked(own)
+    assert (here.gpu, here.gpu_memory, here.interconnect, here.instead_of) == ("h200", 150_000_000_000, "nvlink", None)
+    assert (asked(card).gpu, asked(card).interconnect, asked(card).instead_of) == ("a100", "pcie", "NVIDIA A10")
+    assumed = asked(bare, device="gpu", gpu_memory=80.0)
+    assert (assumed.gpu, assumed.instead_of) == ("h100", "a GPU that gpu= does not name")
+    assert (asked(bare).gpu, asked(bare).cores) == (None, 2)
+    for refused, words in (
+        (dict(gpu="l40", device="cpu"), "gpu=l40 device=cpu"),
+        (dict(gpu="v100"), "h100"),
+        (dict(device="gpu"), "gpu=h100, h200, a100 or l40, or gpu_memory="),
+    ):
+        with pytest.raises(UserError, match=words):
+            asked(bare, **refused)
+
+
+def test_fp8_needs_a_gpu_that_has_it():
+    with pytest.raises(UserError, match="^precision=fp8: A100 has no FP8: precision=bf16$"):
+        plan(LLAMA_1B, gpu(gpus=1, gpu="a100", precision="fp8"))
+    assert plan(LLAMA_1B, gpu(gpus=1, gpu="l40", precision="fp8", global_batch=8)).fits
 
 
 def test_cpu_prefers_data_parallelism():
@@ -302,18 +368,19 @@ def test_cpu_prefers_data_parallelism():
 
 
 def test_shown_to_people_and_programs():
-    chosen = plan(LLAMA_8B, gpu())
-    text = "\n".join(chosen.lines())
-    assert "TP 2  PP 1  VP -  CP 1  DP 4" in text
-    assert "8,030,261,248" in text
-    assert "1,048,576 tokens a step" in text
-    assert re.search(r"weights +7\.48 GiB a GPU +9\.5%", text)
-    assert re.search(r"fits +yes", text)
+    chosen = plan(LLAMA_8B, gpu(gpu="h100"))
+    assert "1 x 8 H100, 79.1 GiB each" in text(chosen)
+    assert "TP 2  PP 1  VP -  CP 1  DP 4" in text(chosen)
+    assert "8,030,261,248" in text(chosen)
+    assert "1,048,576 tokens a step" in text(chosen)
+    assert re.search(r"weights +7\.48 GiB a GPU +9\.5%", text(chosen))
+    assert re.search(r"fits +yes", text(chosen))
     assert max(map(len, chosen.lines())) <= 140
     read = json.loads(json.dumps(chosen.to_dict()))
     assert read["layout"] == dataclasses.asdict(chosen.layout)
     assert read["memory"]["total"] == pytest.approx(chosen.memory.total)
     assert read["why"] == chosen.why
+    assert read["expected"]["tokens_per_s"] == pytest.approx(chosen.tokens_per_step / read["expected"]["seconds"])
 
 
 def any_decoder(layers, heads, share, ffn, vocab, tied, family):

@@ -34,7 +34,7 @@ def runs(small, tmp_path_factory):
     def killed_while_saving():
         """The launcher is killed while a checkpoint is half-written; what it left goes on at another layout."""
         out = folder / "killed"
-        first = Command(small, *keys, f"out={out}", "async_save=false").when(writing(8)).signal(signal.SIGKILL).end()
+        first = Command(small, *keys, f"out={out}", "async_save=true").when(writing(8)).signal(signal.SIGKILL).end()
         left = sorted(path.name for path in (out / "checkpoints").iterdir())
         yield SimpleNamespace(**vars(first), left=left)
         yield Command(small, *keys, f"out={out}", "gpus=2", "tp=2").end()

@@ -99,7 +99,7 @@ import signal, sys
 from pathlib import Path
 from launchers import worker
 
-def train(job, run_dir):
+def train(job, run_dir, waited):
     (run_dir / "kept").write_text(" ".join(sorted(each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, []))))
 
 worker.train = train
@@ -119,7 +119,7 @@ from unittest import mock
 from launchers import worker
 from nemo_ext import platform
 
-def train(job, run_dir):
+def train(job, run_dir, waited):
     for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(os.getpid(), each)
     platform.activate()

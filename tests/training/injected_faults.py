@@ -1,12 +1,16 @@
-"""What breaks a run in the tests, and what does by hand what a policy promises. Callbacks for the cases of layouts.py."""
+"""What breaks a run in the tests, does by hand what a policy promises, or looks on. Callbacks for the cases of layouts.py."""
 
 from __future__ import annotations
 
+import json
 import time
+import traceback
 from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
+
+from nemo_ext.callbacks.graphs import StepGraph
 
 
 class BrokenBatch(Callback):
@@ -93,3 +97,56 @@ class Weights(Callback):
         if trainer.is_global_zero:
             chunk = trainer.strategy.megatron_parallel[0]
             torch.save({name: p.detach().clone() for name, p in chunk.named_parameters()}, self.out / "weights.pt")
+
+
+class Reads(Callback):
+    """Writes where Python took values out of tensors from the beginning of a step to that of the next: for each the callers."""
+
+    METHODS = ("item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+
+    def __init__(self, step: int, file: str):
+        self.step, self.file = step, file
+        self.places, self.taken = [], {}
+
+    def on_train_batch_start(self, trainer, *unused) -> None:
+        if trainer.global_step + 1 == self.step:
+            for name in self.METHODS:
+                self.taken[name] = getattr(torch.Tensor, name)
+                setattr(torch.Tensor, name, self.noting(self.taken[name]))
+        elif self.taken:
+            for name, method in self.taken.items():
+                setattr(torch.Tensor, name, method)
+            self.taken = {}
+            Path(self.file).write_text(json.dumps(self.places))
+
+    def noting(self, method):
+        def noted(tensor, *arguments, **options):
+            frames = traceback.extract_stack(limit=8)[-2::-1]
+            self.places.append(" < ".join(f"{frame.filename}:{frame.lineno}" for frame in frames))
+            return method(tensor, *arguments, **options)
+
+        return noted
+
+
+class GraphStandIn(StepGraph):
+    """Where NeMo would capture and replay a graph, notes what for, and runs it: a list of `forward_only`."""
+
+    def __init__(self, file: str):
+        self.file, self.seen = file, []
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        from nemo.lightning import megatron_parallel
+
+        def stand_in(run):
+            def noted(**arguments):
+                self.seen.append(arguments["forward_only"])
+                return run(**arguments)
+
+            return noted
+
+        self.module, self.upstream = megatron_parallel, megatron_parallel.FullCudaGraphWrapper
+        megatron_parallel.FullCudaGraphWrapper = stand_in
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.module.FullCudaGraphWrapper = self.upstream
+        Path(self.file).write_text(json.dumps(self.seen))

@@ -21,6 +21,7 @@ from nemo_ext.errors import UserError
 
 RATE = 16000
 MOST_SECONDS = 3600
+MOST_RATE = 192_000  # samples a second, which are all in memory before they are fewer
 MOST_BYTES = 1 << 30
 KINDS = {
     "wav": (b"RIFF", b"RF64"),
@@ -31,12 +32,13 @@ KINDS = {
 EXACT = ("wav", "flac")  # kinds whose headers say how long they are
 
 
-def decode(data: bytes) -> np.ndarray:
-    """The mean of all channels at 16 kHz, float32 [samples]. Raises UserError, in one line, for what is no sound, ends early or
-    exceeds the limits."""
+def decode(data: bytes, most_seconds: float | None = None) -> np.ndarray:
+    """The mean of all channels at 16 kHz, float32 [samples], of at most `most_seconds` (None: MOST_SECONDS). Raises UserError, in
+    one line, for what is no sound, ends early or exceeds the limits; no more than the limit is decoded."""
     import av
     from scipy.signal import resample_poly
 
+    most = MOST_SECONDS if most_seconds is None else most_seconds
     if len(data) > MOST_BYTES:
         raise UserError(f"a sound file of {len(data):,} bytes: at most {MOST_BYTES:,} are read")
     kind = next((kind for kind, starts in KINDS.items() if data.startswith(starts)), None)
@@ -49,10 +51,12 @@ def decode(data: bytes) -> np.ndarray:
         # the format is given, not guessed: some that a library knows read other files, or from the network
         with av.open(io.BytesIO(data), format=kind, metadata_errors="ignore") as container:
             stream = container.streams.audio[0]
-            rate, declared = stream.rate, float((stream.duration or 0) * stream.time_base)
-            if not rate or declared > MOST_SECONDS:
-                raise UserError(f"a sound of {declared:.0f} seconds: at most {MOST_SECONDS} are read")
-            mono = np.concatenate([np.empty(0, np.float32), *_channels(container, stream, MOST_SECONDS * rate)])
+            rate, declared = stream.rate or 0, float((stream.duration or 0) * stream.time_base)
+            if not 0 < rate <= MOST_RATE:
+                raise UserError(f"a sound of {rate:,} samples a second: at most {MOST_RATE:,} are read")
+            if declared > most:
+                raise UserError(f"a sound of {declared:.0f} seconds: at most {most} are read")
+            mono = np.concatenate([np.empty(0, np.float32), *_channels(container, stream, most)])
     except UserError:
         raise
     except (av.FFmpegError, IndexError, ValueError) as error:
@@ -70,7 +74,7 @@ def decode(data: bytes) -> np.ndarray:
     return resample_poly(mono, RATE // common, rate // common).astype(np.float32)
 
 
-def _channels(container: Any, stream: Any, most: int) -> Iterator[np.ndarray]:
+def _channels(container: Any, stream: Any, most_seconds: float) -> Iterator[np.ndarray]:
     """The mean over channels of each decoded frame, float32 [samples]."""
     import av
 
@@ -80,8 +84,8 @@ def _channels(container: Any, stream: Any, most: int) -> Iterator[np.ndarray]:
         for converted in convert.resample(frame):
             mean = converted.to_ndarray().mean(axis=0, dtype=np.float32)
             count += len(mean)
-            if count > most:
-                raise UserError(f"a sound of more than {MOST_SECONDS} seconds")
+            if count > most_seconds * stream.rate:
+                raise UserError(f"a sound of more than {most_seconds} seconds")
             yield mean
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
+from nemo_ext.grpo.embedded import REWARD_SETTINGS
 from nemo_ext.grpo.nemo_rl import limits, tree
 
 FILE = "nemo_rl.yaml"  # the configuration in a run's folder
 ENVIRONMENT = "rewards"  # the name of our environment in `env`, and of the task that data has
 ENVIRONMENT_CLASS = "nemo_ext.rewards.nemo_rl_environment.RewardEnvironment"
 PROCESSOR = "chat_prompt"  # the name of our data processor, see problems.process
-SETTINGS = ("judge_url", "judge_model", "judge_key_env", "reward_model", "sandbox_memory")  # of rewards
 OBSERVATION = 16  # tokens left for what the environment says after an answer: NeMo-RL appends it, and where it does not fit takes
 # the answer for one that was cut off
 LENGTH_MULTIPLE = 128  # of the longest sequence: any usual tp, and 2 x cp, divide it
@@ -130,7 +130,7 @@ def generation_tp(keys: Mapping[str, Any], architecture: Architecture) -> int:
 
 def environment(keys: Mapping[str, Any], paths: Paths) -> dict[str, Any]:
     """What our environment (`nemo_ext.rewards.nemo_rl_environment`) is told: the reward and its settings, and the tools."""
-    settings = {name: keys[name] for name in SETTINGS if keys[name] is not None}
+    settings = {name: keys[name] for name in REWARD_SETTINGS if keys[name] is not None}
     told = {"reward": keys["reward"], "timeout": keys["reward_timeout"], "settings": settings}
     if keys["tools"]:
         told |= {"tools": keys["tools"], "turns": keys["turns"], "tool_timeout": keys["tool_timeout"],

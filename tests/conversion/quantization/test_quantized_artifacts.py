@@ -56,7 +56,7 @@ def test_a_changed_scale_is_seen(llama, ids, tmp_path):
 
 
 FAULTS = {
-    "an input's scale": lambda found: found.inputs.update({QUERY: reader._fp8(np.float32([0.011]))}),
+    "an input's scale": lambda found: found.inputs.update({QUERY: reader.to_fp8(np.float32([0.011]))}),
     "inputs of two layers": lambda found: found.inputs.update({QUERY: found.inputs[OUT], OUT: found.inputs[QUERY]}),
     "an input as it is": lambda found: found.inputs.pop(QUERY),
     "keys as they are": lambda found: found.kv.update({ATTENTION: (lambda x: x, found.kv[ATTENTION][1])}),
@@ -122,11 +122,11 @@ def test_inputs_are_rounded_the_same_on_a_gpu(method):
             x = (codes * scale)[None]
             if method == "nvfp4":
                 x = torch.cat([6 * scale * torch.arange(17, 33, 2)[:, None], torch.full((8, 15), 11 * scale)], 1)
-                ours, theirs = arithmetic.fake_nvfp4(x, 16, scale * 2688), reader._nvfp4(scale.numpy())(x)
+                ours, theirs = arithmetic.fake_nvfp4(x, 16, scale * 2688), reader.to_nvfp4(scale.numpy())(x)
             elif method == "fp8":
-                ours, theirs = arithmetic.fake_fp8(x, scale * 448), reader._fp8(scale.numpy())(x)
+                ours, theirs = arithmetic.fake_fp8(x, scale * 448), reader.to_fp8(scale.numpy())(x)
             else:
-                ours, theirs = arithmetic.fake_int(x, scale * 127), reader._int8(scale.numpy())(x)
+                ours, theirs = arithmetic.fake_int(x, scale * 127), reader.to_int8(scale.numpy())(x)
             assert torch.equal(ours, theirs)
 
 

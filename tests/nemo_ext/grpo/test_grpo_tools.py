@@ -15,7 +15,7 @@ from nemo_ext import run_folder
 from nemo_ext.data.chat.formats import Conversation, Message
 from nemo_ext.data.chat.render import Renderer, Settings
 from nemo_ext.errors import UserError
-from nemo_ext.grpo import data, embedded
+from nemo_ext.grpo import data, difficulty, embedded
 from nemo_ext.grpo.conversation import Conversations, check_template
 from nemo_ext.grpo.tools import SHOWN, Tools
 from nemo_ext.tool_calls import ToolCall
@@ -153,13 +153,16 @@ def test_a_huge_result_is_cut(tools):
         ("{0}/empty.py", "it defines no function"),
         ("{0}/broken.py", "ZeroDivisionError"),
         ("{0}/one.py:two", "it has no function two"),
+        ("{0}/two.py,{0}/two.py:one", "bare has no docstring"),  # the whole file, whatever else is named of it
+        ("{0}/two.py:one,{0}/two.py", "bare has no docstring"),
         ("python,{0}/python.py", "there is another tool python"),
     ],
 )
 def test_tools_that_are_none_are_refused(tmp_path, spec, words):
     texts = {
         "bare": "def bare():\n    pass", "hint": "def hint(a):\n    'Does.'", "empty": "", "broken": "1 / 0",
-        "one": "def one():\n    'Does.'", "python": "def python():\n    'Does.'",
+        "one": "def one():\n    'Does.'", "two": "def one():\n    'Does.'\ndef bare():\n    pass",
+        "python": "def python():\n    'Does.'",
     }  # fmt: skip
     for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -216,11 +219,11 @@ def test_a_template_without_tools_is_refused(tiny, tools, sums):
 
 
 def scripted(trainer, monkeypatch, turns):
-    """Sampling says what `turns`, one function after the other, give for each row; texts without "…" at their end are ended."""
+    """Sampling says what `turns`, one function after the other, give for each row; texts with "?" at their end are not ended."""
     said = iter(turns)
 
     def sample(model, prompts, group, *, max_answer, **more):
-        texts = [text for text in next(said)(len(prompts) * group)]
+        texts = next(said)(len(prompts) * group)
         ids = [trainer._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [(each if text.endswith("?") else [*each, END])[:max_answer] for each, text in zip(ids, texts, strict=True)]
 
@@ -333,7 +336,7 @@ def caller(talking, file, tmp_path_factory):
 
 
 def test_a_run_with_tools(caller, file, sums, tmp_path):
-    """The model calls its tool in training and in evaluations; from a checkpoint the same weights follow."""
+    """The model calls its tool in training, evaluations and trials of problems; from a checkpoint the same weights follow."""
     handler = signal.getsignal(signal.SIGTERM)
     (tmp_path / "used.py").write_text(
         "def used(answers, rows):\n    heard = [[m['content'] for m in row['messages'] if m['role'] == 'tool'] for row in rows]\n"
@@ -347,6 +350,15 @@ def test_a_run_with_tools(caller, file, sums, tmp_path):
     with Tools(f"{file}:add", 1.0, 128, workers=1) as tools:
         for run in runs:
             keys = prepare(run, caller, sums, loaded=dict(tools=tools), **settings)
+        heard = []
+
+        def solved(answers, rows):  # of filter=true
+            heard.extend([message["role"] for message in row["messages"]] for row in rows)
+            return [answer == "3" for answer in answers]
+
+        rows, renderer = embedded.read_rows(runs[0] / embedded.TRAIN)[:2], Renderer(runs[0] / "tokenizer", Settings(1))
+        rates = difficulty.pass_rates(rows, keys | {"filter_samples": 3}, caller, solved, tools=tools, renderer=renderer)
+        assert sum(rates) > 1 and ["assistant", "tool", "assistant"] in heard
     embedded.train(keys, runs[0], str(caller))
     steps, evaluations = run_folder.read_records(runs[0])
     assert all(record["tool_calls"] > 0.5 and record["turns"] > 1.5 and record["reward"] > 0.5 for record in steps)

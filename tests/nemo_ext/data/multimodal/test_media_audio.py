@@ -121,6 +121,9 @@ def test_limits(monkeypatch):
     for each in (data, encoded(STEREO, 44100)):
         with pytest.raises(UserError, match="a sound of (more than 0.5|1) seconds"):
             decode(each)
+        assert len(decode(each, most_seconds=2)) > 16000 * 0.9
+    with pytest.raises(UserError, match="a sound of 200,000 samples a second: at most 192,000 are read"):
+        decode(encoded(tones(0.01, 200_000), 200_000))
     monkeypatch.setattr(audio, "MOST_BYTES", 10)
     with pytest.raises(UserError, match="at most 10 are read"):
         decode(data)

@@ -1,0 +1,24 @@
+"""A step's micro batches as one CUDA graph: the host starts them once, not kernel by kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+
+class StepGraph(Callback):
+    """Has NeMo capture the forward and backward passes of the second step's micro batches and replay them in those after it.
+
+    The optimizer and evaluations stay as they are. Every step has the same shapes, no callback sees single micro batches, and
+    random numbers come from Transformer Engine's tracker (the strategy's `use_te_rng_tracker`).
+
+    NeMo asks the model's configuration whether to do so. Its constructor cannot be told: NeMo 2.7.3 runs its checks twice, and
+    those of Megatron-Core 0.15.3 refuse what the first ones made of it.
+    """
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.config.enable_cuda_graph, pl_module.config.cuda_graph_scope = True, "full_iteration"
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.config.enable_cuda_graph = False
