@@ -38,7 +38,7 @@ CURRENT = "2026-11-23"
 STAGES = "pipeline_model_parallel_layout"  # those layers by hand, as they were measured first
 # Keys of a case and changes of a micro batch that the model knows: others make another program.
 KEYS = set("recipe size gpus tp pp vp cp seq micro_batch global_batch precision lr pack gpu_memory recompute profile".split())
-KEYS |= {"balance", f"trainer.strategy.{STAGES}"}
+KEYS |= {"balance_stages", f"trainer.strategy.{STAGES}"}
 CHANGES = {"tp", "pp", "vp", "cp", "micro", "unfused-gradients", "waiting-loss", STAGES}
 # Where the search begins, by hand, and how strongly it is pulled back there: as if a row were 2 % off for each factor of e.
 PULL = 0.02
@@ -130,7 +130,7 @@ def _steps() -> list[Row]:
             more = dict(trainable=trained / shape.num_parameters(), nf4=case["recipe"].startswith("qlora"), attended=attended)
         older = row["date"] < CURRENT
         recompute = case.get("recompute") or ("selective" if case.get("gpu_memory") == 24 else "none")  # what was planned for 24
-        balanced = not older and case.get("balance") != "false"
+        balanced = not older and case.get("balance_stages") != "false"
         request, layout = _request(_kind(row["gpu"]), shape, case, **more), _layout(case, recompute, balanced)
         reason = ", ".join(sorted(set(case) - KEYS))
         if older and (more.get("nf4") or not more):  # of LoRA alone there are no newer rows

@@ -330,6 +330,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): _Ignored,
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Ignored,
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): dcp.Metadata,
         **{
             (dcp.__name__, kind.__name__): kind

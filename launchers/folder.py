@@ -23,8 +23,8 @@ GIB = 2**30
 # A run's folder may be continued with other values of these: they change where, how fast and how long, not what is learnt.
 FREE_TO_CHANGE = {
     TrainKeys: set(
-        "nodes gpus tp pp vp cp ep sp balance micro_batch recompute overlap cuda_graphs device gpu gpu_memory workers every keep "
-        "async_save val_every tensorboard wandb out export preview answers scored profile "
+        "nodes gpus tp pp vp cp ep sp balance_stages micro_batch recompute overlap cuda_graphs device gpu gpu_memory workers "
+        "every keep async_save val_every tensorboard wandb out export preview answers scored profile "
         "restarts hang_timeout on_nan on_spike spike_factor spike_window straggler_factor".split()
     ),
     GrpoKeys: set(

@@ -61,7 +61,7 @@ def request(
     wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}, **_device(keys, machine)}
     return Request(
         **wanted, gpu_memory=memory, trainable=trainable, statistics=statistics, sequence_parallel=keys["sp"], cross_entropy="te",
-        tower=tower, packed=packed, balanced=keys["balance"] and tower is None,
+        tower=tower, packed=packed, balanced=keys["balance_stages"] and tower is None,
     )  # fmt: skip
 
 

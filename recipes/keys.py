@@ -219,7 +219,7 @@ class TrainKeys:
     cp: int | None = key(None, "context parallel size", path="trainer.strategy.context_parallel_size", auto="planned", above=0)
     ep: int | None = key(None, "expert parallel size of a mixture of experts", path="trainer.strategy.expert_model_parallel_size",
                          auto="planned; 1 for other models", above=0)  # fmt: skip
-    balance: bool = key(True, "give the last pipeline stage fewer layers, for the output layer that it has too")
+    balance_stages: bool = key(True, "give the last pipeline stage fewer layers, for the output layer that it has too")
     sp: bool | None = key(None, "sequence parallelism", path="trainer.strategy.sequence_parallel", auto="on with tp above 1")
     recompute: str = key("auto", "activation recomputation", choices=("auto", "none", "selective", "full"))
     distributed_optimizer: bool = key(True, "shard optimizer states over data-parallel ranks",

@@ -216,7 +216,7 @@ def _tower_adapter(keys: dict[str, Any], parts: Trained) -> dict[str, Any] | Non
 
 def _stages(keys: dict[str, Any], architecture: Architecture) -> str | None:
     """Megatron's layout of pipeline stages that are not equal; None where all are."""
-    layers = chunk_layers(architecture, keys["pp"], keys["vp"]) if keys["balance"] else []
+    layers = chunk_layers(architecture, keys["pp"], keys["vp"]) if keys["balance_stages"] else []
     return megatron_layout(layers) if len(set(layers)) > 1 else None
 
 

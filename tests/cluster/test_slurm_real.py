@@ -22,7 +22,7 @@ from nemo_ext import run_folder
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds for what takes fifteen on a machine with nothing else to do
 STEPS = 72
-RUN = (f"steps={STEPS}", "every=12", "val_every=24", "device=cpu", "async_save=false")
+RUN = (f"steps={STEPS}", "every=12", "val_every=24", "device=cpu", "async_save=false", "tp=1", "pp=1")
 SLURM = ("nodes=2", "gpus=1", "executor=slurm", "partition=batch", "time=30", "cpus=1")
 UNHURRIED = Path(__file__).with_name("unhurried")  # its sitecustomize.py gives a step of a job time for something to happen
 # By `platform.activate()` and process groups in this process: a job inherits what its submitter has.

@@ -1,6 +1,9 @@
 """Recipes as data: names, defaults, shapes against what NeMo and Hugging Face publish, overrides by path."""
 
+import ast
+import collections
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -201,3 +204,12 @@ def test_key_paths_exist_in_the_recipe(llm):
 
 def test_schema_is_a_dataclass_with_help():
     assert all(f.metadata["help"] for f in dataclasses.fields(recipes.TrainKeys))
+
+
+def test_no_key_is_declared_twice():
+    """A dataclass takes the second without a word."""
+    for file in ("keys.py", "grpo.py"):
+        tree = ast.parse((Path(recipes.__file__).parent / file).read_text())
+        for schema in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            names = collections.Counter(line.target.id for line in schema.body if isinstance(line, ast.AnnAssign))
+            assert names and max(names.values()) == 1, names.most_common(1)

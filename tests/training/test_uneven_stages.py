@@ -49,5 +49,5 @@ def strategy(**keys):
 def test_the_recipe_gives_the_last_stage_fewer_layers():
     layout = "pipeline_model_parallel_layout"
     assert getattr(strategy(size="8b", pp=2, vp=2), layout) == "E" + "t" * 9 + "|" + "t" * 9 + "|" + "t" * 8 + "|" + "t" * 6 + "L"
-    assert getattr(strategy(size="8b", pp=2, vp=2, balance=False), layout) is None
+    assert getattr(strategy(size="8b", pp=2, vp=2, balance_stages=False), layout) is None
     assert getattr(strategy(size="8b", pp=1, vp=1), layout) is None

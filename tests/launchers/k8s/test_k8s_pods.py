@@ -56,7 +56,7 @@ def runs(small, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("pods")
     out, settings = folder / "run", folder / "settings.yaml"
     keys = {**dict(key.split("=", 1) for key in small.keys), "steps": STEPS, "every": 2, "val_every": 2, "out": str(out)}
-    keys = {**keys, "nodes": 2, "gpus": 1, "device": "cpu"}
+    keys = {**keys, "nodes": 2, "gpus": 1, "device": "cpu", "tp": 1, "pp": 1}
     settings.write_text("".join(f"{name}: {value}\n" for name, value in keys.items()))
 
     started: list[Pod] = []
