@@ -14,9 +14,7 @@ copies, of the fork, until all was on the disk. Each checkpoint is deleted when 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import importlib.metadata
 import json
 import re
 import statistics
@@ -29,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine  # noqa: E402
 from nemo_ext import run_folder  # noqa: E402
 from nemo_ext.platform import hardware  # noqa: E402
 
@@ -115,14 +114,6 @@ def figures(records: list[dict], logs: list[str], every: int, warm: int) -> dict
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("torch", "megatron-core", "nemo-toolkit", "transformer-engine"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 def main(arguments: list[str]) -> None:
     pairs = [a.split("=", 1) for a in arguments]
     options = {name: value for name, value in pairs if name != "case"}
@@ -131,7 +122,7 @@ def main(arguments: list[str]) -> None:
     for name in [value for key, value in pairs if key == "case"]:
         case = CASES[name] | options
         case["every"], case["gpus"] = int(case["every"]), int(case["gpus"])
-        row = {"case": case, "date": datetime.date.today().isoformat(), "gpus": gpus, "versions": _versions()}
+        row = {"case": case, "date": datetime.date.today().isoformat(), "gpus": gpus, "versions": machine.versions()}
         row |= measure(case, warm, tokenizer)
         print(name, json.dumps({key: value for key, value in row.items() if key != "versions"}), flush=True)
         results = json.loads(out.read_text()) if out.exists() else {}

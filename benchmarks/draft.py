@@ -18,7 +18,6 @@ answer differs from that of the engine without a draft.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import sys
@@ -32,19 +31,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine  # noqa: E402
+from benchmarks.prompts import QUESTIONS  # noqa: E402
 from nemo_ext.platform import cpu_torch, hardware  # noqa: E402
 from nemo_ext.run_folder import read_json, write_json  # noqa: E402
 
-QUESTIONS = (
-    "Tell me what a library is for, in plain words and at some length.",
-    "Why does the sea look blue on some days and grey on others?",
-    "Describe how bread is made, step by step.",
-    "What should a person know before learning to sail?",
-    "Write a short letter that thanks a neighbour for watering the plants.",
-    "How does a bicycle stay upright while it moves?",
-    "Give me three reasons to learn a second language.",
-    "Explain to a child what a government does.",
-)
 PROMPT = 64  # tokens of a document that are continued
 PEAK, WARM_UP = 1e-3, 20  # learning rate, and steps to reach it
 WARM = 16  # tokens of answers that are not counted
@@ -261,7 +252,7 @@ def main(arguments: list[str]) -> int:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"device": device, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
                     "load_before": load_before, "load_after": os.getloadavg()},
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "versions": machine.versions(("torch", "transformers")),
         "settings": {"dtype": dtype, "max_tokens": max_tokens, "rounds": rounds, "prompts": count, "batch": batch, "seq": seq,
                      "samples": samples, "seconds": seconds},
         "draft": made, "speed_up": speed_up, "answers": answers, "different_answers": different, "engines": figures,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import signal
@@ -27,6 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import machine  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "vllm", "accelerate")
 KINDS = ("ours", "plain")
@@ -145,7 +146,12 @@ def main(arguments: list[str]) -> None:
     deadline = time.monotonic() + float(options.get("limit", "inf"))
     keys = ["=".join(pair) for pair in pairs if pair[0] not in ("out", "warm", "backend", "kinds", "limit")]
     for backend in backends:
-        row = {"keys": keys, "date": datetime.date.today().isoformat(), "device": _device(), "versions": _versions()}
+        row = {
+            "keys": keys,
+            "date": datetime.date.today().isoformat(),
+            "device": machine.device(),
+            "versions": machine.versions(PACKAGES),
+        }
         with tempfile.TemporaryDirectory() as folder:
             for kind in kinds:
                 found = (ours if kind == "ours" else plain)(backend, keys, Path(folder) / "run", deadline)
@@ -202,24 +208,6 @@ def _step(record: dict) -> dict:
 def _short(result: dict) -> dict:
     names = "steps step_seconds generation_seconds tokens_per_s peak_gib seconds_until_first_step heldout ended error".split()
     return {name: result[name] for name in names if name in result}
-
-
-def _device() -> str:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return f"{os.cpu_count()} CPU cores"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

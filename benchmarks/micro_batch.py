@@ -41,7 +41,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_gpu import _gpu, _versions  # noqa: E402
+from benchmarks import machine  # noqa: E402
 
 RECIPES = {"fp8": "delayed", "fp8-tensorwise": "tensorwise", "fp8-blockwise": "blockwise"}
 ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -385,8 +385,8 @@ def main(arguments: list[str]) -> None:
         if torch.distributed.get_rank():
             continue
         held = json.loads(out.read_text()) if out.exists() else {}
-        row = {**options, "gpus": torch.distributed.get_world_size(), "connections": connections, "gpu": _gpu(),
-               "date": datetime.date.today().isoformat(), "versions": _versions(), **found}  # fmt: skip
+        row = {**options, "gpus": torch.distributed.get_world_size(), "connections": connections, "gpu": machine.device(),
+               "date": datetime.date.today().isoformat(), "versions": machine.versions(), **found}  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
         name = f"{options['size']}-{shape.num_layers} {text}" + (" with optimizer" if options["optimizer"] else "")
         out.write_text(json.dumps({**held, name: row}, indent=1) + "\n")

@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine  # noqa: E402
 from nemo_ext.architecture import Architecture  # noqa: E402
 from nemo_ext.multimodal import towers  # noqa: E402
 from recipes.models import size  # noqa: E402
@@ -299,7 +300,7 @@ def main(arguments: list[str]) -> None:
     options = {**DEFAULTS, "recompute": False, **{name: value for name, value in given.items() if name not in ("case", "out")}}
     out = Path(given["out"])
     for case in [value for name, value in pairs if name == "case"]:
-        row: dict[str, Any] = {"options": options, "date": datetime.date.today().isoformat(), "gpu": _gpu()}
+        row: dict[str, Any] = {"options": options, "date": datetime.date.today().isoformat(), "gpu": machine.device()}
         row["ours"] = side("ours", options, case, options["gpus"])
         if options["theirs"]:
             row["theirs"] = side("theirs", options, case, 1)
@@ -309,14 +310,6 @@ def main(arguments: list[str]) -> None:
         out.write_text(
             json.dumps({**held, f"{case}-{options['gpus']}gpu-tp{options['tp']}-pp{options['pp']}": row}, indent=1) + "\n"
         )
-
-
-def _gpu() -> str:
-    try:
-        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0].strip()
-    except (FileNotFoundError, IndexError):
-        return "none"
 
 
 if __name__ == "__main__":

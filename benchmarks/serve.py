@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -44,14 +43,11 @@ from fastapi.responses import PlainTextResponse
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine  # noqa: E402
+from benchmarks.prompts import QUESTIONS  # noqa: E402
 from deploy import load  # noqa: E402
 
-PROMPTS = (
-    "Tell me what a library is for, in plain words and at some length.",
-    "Why does the sea look blue on some days and grey on others?",
-    "Describe how bread is made, step by step.",
-    "What should a person know before learning to sail?",
-)
+PROMPTS = QUESTIONS[:4]
 COPY = (  # what drafts by prompt lookup are for
     "Repeat the following text word for word. The library opens at nine in the morning and closes at six in the evening, except "
     "on Sundays, when it opens at noon. Books may be kept for three weeks.",
@@ -264,7 +260,7 @@ def main() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "cores": cores,
                     "load_before": load_before, "load_after": load_after},
         "caveat": None if load_before[0] < 0.5 * cores else BUSY,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "fastapi", "uvicorn")},
+        "versions": machine.versions(("torch", "transformers", "fastapi", "uvicorn")),
         "model": Path(given["model"]).name, "threads": threads, "max_tokens": max_tokens, "rounds": rounds,
         "ratios": ratios, "megabytes": sizes, "drafts": guesses, "servers": results,
     }  # fmt: skip

@@ -15,7 +15,6 @@ two operations a token and frozen weight are not counted, since it has no gradie
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import statistics
@@ -28,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine  # noqa: E402
 from nemo_ext import adapters, run_folder  # noqa: E402
 from recipes.keys import fields  # noqa: E402
 from recipes.models import size  # noqa: E402
@@ -151,8 +151,8 @@ def main(arguments: list[str]) -> None:
     steps, warm, out = int(options["steps"]), int(options["warm"]), Path(options["out"])
     for name in [v for k, v in pairs if k == "case"]:
         case = CASES[name] | ({"profile": int(options["profile"])} if "profile" in options else {})
-        row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": _gpu()}
-        row["versions"] = _versions()
+        row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": machine.device()}
+        row["versions"] = machine.versions()
         with tempfile.TemporaryDirectory() as folder:
             for side in (ours, stock) if options["stock"] == "true" and "recipe" not in case else (ours,):
                 row[side.__name__] = figures(side(case, steps, options["tokenizer"], Path(folder)), case, warm)
@@ -170,17 +170,6 @@ def _short(result: dict) -> dict:
     keys = ("step_seconds tokens_per_s_per_gpu tflops_per_gpu memory_gib reserved_gib outside_torch_gib planned_gib "
             "first_step_seconds error log").split()  # fmt: skip
     return {k: round(result[k], 3) if isinstance(result[k], float) else result[k] for k in keys if k in result}
-
-
-def _gpu() -> str:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    line = subprocess.run(command, capture_output=True, text=True).stdout
-    return line.splitlines()[0].strip() if line else "none"
-
-
-def _versions() -> dict:
-    packages = ("torch", "megatron-core", "nemo-toolkit", "transformer-engine")
-    return {p: importlib.metadata.version(p) for p in packages}
 
 
 def _path() -> str:

@@ -48,5 +48,6 @@ def test_same_bits_as_those_for_which_training_stood_still(runs):
 
 
 def test_continues_at_another_layout(runs):
+    """Sums in bf16 go another way with two halves of a weight: to what test_layouts.py allows bf16 against fp32."""
     assert_same(losses(runs, "standing"), losses(runs, "tp2"), tolerance=5e-3)
     assert [step for step, _ in run_folder.checkpoints(runs / "tp2/checkpoints")] == [1, 2, 3, 4, 5, 6]

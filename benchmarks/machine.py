@@ -1,0 +1,28 @@
+"""What the figures of a benchmark were taken with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import subprocess
+
+TRAINING = ("torch", "megatron-core", "nemo-toolkit", "transformer-engine")
+
+
+def versions(packages: tuple[str, ...] = TRAINING) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def device() -> str:
+    """The first GPU's name and its driver's version, or how many CPU cores there are."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(FileNotFoundError):
+        if lines := subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+            return lines[0].strip()
+    return f"{os.cpu_count()} CPU cores"
