@@ -41,10 +41,13 @@ def run_group(processes: int, function: Callable[..., None], *arguments: object,
             group.append(FORKS.Process(target=_call, args=(environment, log, function, arguments)))
             group[-1].start()
         end = time.monotonic() + seconds
-        while (codes := {each.exitcode for each in group}) == {0, None} or codes == {None}:
-            if not wait([each.sentinel for each in group if each.exitcode is None], max(0, end - time.monotonic())):
+        running = list(group)
+        while running and wait([each.sentinel for each in running], max(0, end - time.monotonic())):
+            running = [each for each in running if each.exitcode is None]
+            if any(each.exitcode for each in group):
                 break
-        assert codes == {0}, f"exit codes {[each.exitcode for each in group]}: {log.read_text(errors='replace')[-6000:]}"
+        codes = [each.exitcode for each in group]
+        assert not any(codes) and not running, f"exit codes {codes}: {log.read_text(errors='replace')[-6000:]}"
     finally:
         for each in group:
             if each.is_alive():
