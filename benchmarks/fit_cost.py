@@ -38,8 +38,8 @@ CURRENT = "2026-11-23"
 STAGES = "pipeline_model_parallel_layout"  # those layers by hand, as they were measured first
 # Keys of a case and changes of a micro batch that the model knows: others make another program.
 KEYS = set("recipe size gpus tp pp vp cp seq micro_batch global_batch precision lr pack gpu_memory recompute profile".split())
-KEYS |= {"balance_stages", f"trainer.strategy.{STAGES}"}
-CHANGES = {"tp", "pp", "vp", "cp", "micro", "unfused-gradients", "waiting-loss", STAGES}
+KEYS |= {"balance_stages", "cuda_graphs", f"trainer.strategy.{STAGES}"}
+CHANGES = {"tp", "pp", "vp", "cp", "micro", "graphs", "unfused-gradients", "waiting-loss", STAGES}
 # Where the search begins, by hand, and how strongly it is pulled back there: as if a row were 2 % off for each factor of e.
 PULL = 0.02
 START = Constants(
@@ -100,7 +100,7 @@ def rows() -> list[Row]:
 
 def _request(gpu: str, shape: Architecture, case: dict, **more) -> Request:
     names = ("gpus", "seq", "global_batch", "micro_batch", "precision")
-    known = {name: case[name] for name in names}
+    known = {name: case[name] for name in names} | {"cuda_graphs": case.get("cuda_graphs") == "true"}
     return Request(nodes=1, gpu_memory=float(gpus.KINDS[gpu].memory), device="gpu", gpu=gpu, **{**known, **more})
 
 
@@ -145,7 +145,7 @@ def _micro_batches() -> list[Row]:
     for name, got in json.loads((RESULTS / "micro_batch.json").read_text()).items():
         precision, *changes = name.split()[1].split(",")
         values = dict(change.partition("=")[::2] for change in changes)
-        if "ms" not in got or precision not in ("bf16", "fp8") or set(values) - CHANGES:
+        if "ms" not in got or precision not in ("bf16", "fp8") or set(values) - CHANGES or values.get("graphs") == "layers":
             continue
         shape = size("llama3", got["size"]).architecture
         shape = dataclasses.replace(shape, num_layers=got["layers"] or shape.num_layers)
@@ -154,6 +154,7 @@ def _micro_batches() -> list[Row]:
         dp = world // (sizes["tp"] * sizes["pp"] * sizes["cp"])
         count = got["count"] if "gpus" not in got else got["count"] // micro  # of micro batches
         case = dict(sizes, gpus=world, seq=got["seq"], micro_batch=micro, global_batch=count * micro * dp, precision=precision)
+        case["cuda_graphs"] = "true" if "graphs" in values else "false"
         alone, short = world == 1, re.sub(rf"{STAGES}=\S+", "balanced", name.replace(" with optimizer", ", step"))
         found.append(
             Row(
@@ -220,7 +221,7 @@ def main(arguments: list[str]) -> None:
     fitted = [row for row in measured if not row.left_out]
     best = fit(fitted)
     values = {field.name: f"{getattr(best, field.name):.3g}" for field in dataclasses.fields(Constants)}
-    print(f"{'row':<48}{'GPU':<6}{'measured':>10}{'predicted':>11}{'error':>8}{'left out':>10}")
+    print(f"{'row':<56}{'GPU':<6}{'measured':>10}{'predicted':>11}{'error':>8}{'left out':>10}")
     errors: dict[tuple[str, str], list[float]] = {}
     for row in measured:
         seconds = row.predict(best)["seconds"]
@@ -231,7 +232,7 @@ def main(arguments: list[str]) -> None:
             errors.setdefault((name, "fitted"), []).append(inside)
             errors.setdefault((name, "left out"), []).append(outside)
         figures = f"{row.seconds:>8.3f} s{seconds:>9.3f} s{inside:>8.1%}{outside:>10.1%}"
-        print(f"{row.name:<48}{row.request.gpu:<6}{figures}  {row.left_out}".rstrip())
+        print(f"{row.name:<56}{row.request.gpu:<6}{figures}  {row.left_out}".rstrip())
     for (name, how), found in sorted(errors.items()):
         what = "Python" if name == "HOST_ERROR" else "the GPU"
         figures = f"{len(found)} rows, root mean square {square(found):.1%}, largest {max(map(abs, found)):.1%}"

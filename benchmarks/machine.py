@@ -7,6 +7,8 @@ import importlib.metadata
 import os
 import subprocess
 
+from nemo_ext import gpus
+
 TRAINING = ("torch", "megatron-core", "nemo-toolkit", "transformer-engine")
 
 
@@ -17,6 +19,13 @@ def versions(packages: tuple[str, ...] = TRAINING) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def on(name: str) -> str:
+    """What a measurement is called in a file that holds those of several machines: "NAME on H200"."""
+    found = device()
+    kind = next((kind.title for kind in gpus.KINDS.values() if kind.title in found), None)
+    return f"{name} on {kind or found}"
 
 
 def device() -> str:

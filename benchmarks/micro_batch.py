@@ -9,7 +9,9 @@ A variant is a precision (bf16, or fp8 with delayed scaling; fp8-tensorwise, fp8
 cp= (the GPUs left over are data parallel); micro=N rows at once; a field of NeMo's configuration, of Megatron's data-parallel or
 of its optimizer's as NAME=VALUE; `graphs=layers` (Megatron's CUDA graphs of single layers) or `graphs=iteration` (one of all
 micro batches of a step); `collect=false` (no garbage collection); `unfused-gradients` (weight gradients are added by kernels of
-their own); `waiting-loss` (the loss waits for the GPU).
+their own); `waiting-loss` (the loss waits for the GPU); `separate-casts` (FP8: SwiGLU in bf16, cast afterwards);
+`joint-rotary` (queries, keys and values split and rotated in one kernel); `fused-output` (the output layer and the loss in one);
+`fp8-output` (the same, with FP8 gradients); `flash4` (attention by FlashAttention-4).
 
 Random weights and tokens, the same for all variants of a layout. A step is `count=` (8) micro batches of one row and, with
 `optimizer=1`, the gradient norm and Adam. Milliseconds are a step's by micro batches, in the median of `steps=` (3), TFLOP/s by
@@ -60,6 +62,10 @@ class Variant:
     graphs: str = ""
     collect: bool = True
     waiting: bool = False
+    separate_casts: bool = False
+    joint_rotary: bool = False
+    output: str = "separate"
+    flash: bool = False
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -68,6 +74,10 @@ class Variant:
         pairs = dict(each.split("=", 1) if "=" in each else (each, "true") for each in rest)
         found = cls(precision)
         found.waiting = bool(pairs.pop("waiting-loss", ""))
+        found.separate_casts = bool(pairs.pop("separate-casts", ""))
+        found.joint_rotary = bool(pairs.pop("joint-rotary", ""))
+        found.output = next((each for each in ("fused", "fp8") if pairs.pop(f"{each}-output", "")), "separate")
+        found.flash = bool(pairs.pop("flash4", ""))
         if pairs.pop("unfused-gradients", ""):
             found.fields["gradient_accumulation_fusion"] = False
         for name, text in pairs.items():
@@ -115,8 +125,10 @@ def build(shape, seq: int, variant: Variant, optimizing: bool):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.common.language_module import language_module
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.mlp import MLP
 
     from nemo_ext.modeling import FAMILIES, model_config
+    from nemo_ext.platform import flash_attention, output_layer, rotary
 
     own: dict[type, dict[str, Any]] = {DistributedDataParallelConfig: {}, OptimizerConfig: {}}
     model = dict(
@@ -148,6 +160,10 @@ def build(shape, seq: int, variant: Variant, optimizing: bool):
 
     if variant.waiting:
         language_module.te_parallel_cross_entropy = language_module.te_parallel_cross_entropy.__wrapped__
+    if variant.separate_casts:
+        MLP.forward = MLP.forward.__wrapped__
+    if variant.joint_rotary:
+        rotary.install()
 
     class Tokenizer:
         vocab_size = shape.padded_vocab_size
@@ -158,6 +174,10 @@ def build(shape, seq: int, variant: Variant, optimizing: bool):
     chunks = []
     for number in range(variant.vp):
         chunk = config.configure_model(Tokenizer(), vp_stage=number if variant.vp > 1 else None).cuda()
+        if variant.output != "separate":
+            output_layer.use(chunk, fp8=variant.output == "fp8")
+        if variant.flash:
+            flash_attention.use(chunk)
         with torch.cuda.stream(torch.cuda.Stream()):  # as NeMo does: a graph must not touch the default stream
             chunks.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0))
     torch.cuda.synchronize()
@@ -324,9 +344,11 @@ def forget() -> None:
     from transformer_engine.pytorch.module import base
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from nemo_ext.platform import gpu_megatron
+    from nemo_ext.platform import fused_mlp, gpu_megatron, rotary
 
     gpu_megatron.let_loss_run_on()
+    fused_mlp.install()
+    rotary.remove()
     gc.enable()
     torch.cuda.set_stream(torch.cuda.default_stream())  # layers' graphs choose another
     for kept in (FullCudaGraphWrapper.cuda_graph, FullCudaGraphWrapper.result):
@@ -389,7 +411,7 @@ def main(arguments: list[str]) -> None:
                "date": datetime.date.today().isoformat(), "versions": machine.versions(), **found}  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
         name = f"{options['size']}-{shape.num_layers} {text}" + (" with optimizer" if options["optimizer"] else "")
-        out.write_text(json.dumps({**held, name: row}, indent=1) + "\n")
+        out.write_text(json.dumps({**held, machine.on(name): row}, indent=1) + "\n")
     faulthandler.cancel_dump_traceback_later()
     torch.distributed.destroy_process_group()
 

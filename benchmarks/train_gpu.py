@@ -1,12 +1,13 @@
 """Our recipe and the stock NeMo 2 recipe on the same GPUs, shapes, tokens and precision, one after the other.
 
     python benchmarks/train_gpu.py case=1b-bf16 case=1b-fp8 tokenizer=FOLDER out=benchmarks/results/train_gpu.json
+    python benchmarks/train_gpu.py case=1b-fp8 cuda_graphs=true stock=false tokenizer=FOLDER out=RESULTS.json
 
 `steps=` (16) are run, step time is the median of those after the first and `warm=` (5) more; `stock=false` leaves the stock
 recipe out. TFLOP/s a GPU are by `Architecture.flops_per_token` (causal attention at half, no recomputation), for both. Ours
 trains on the Python documentation, evaluates before and after, and writes its metrics; stock trains on mock tokens. Seconds to
 the first step count from the command. Memory is the largest of all ranks in GiB: allocated and reserved by torch's allocator,
-and, for ours, what else of the device is in use. `profile=STEP` also says where ours spent that step.
+and, for ours, what else of the device is in use. Other keys are given to ours: `profile=STEP` also says where it spent that step.
 
 Adapters (`lora`, `qlora`) train in a random base on conversations as long as the sequence (packed: an eighth), and not in stock;
 two operations a token and frozen weight are not counted, since it has no gradient.
@@ -33,6 +34,7 @@ from recipes.keys import fields  # noqa: E402
 from recipes.models import size  # noqa: E402
 
 GIB = 2**30
+OPTIONS = {"case", "steps", "warm", "stock", "tokenizer", "out"}
 STOCK = {"1b": "llama32_1b", "8b": "llama31_8b"}
 _1B = dict(size="1b", gpus=1, tp=1, pp=1, seq=8192, micro_batch=1, global_batch=8)
 _8B = dict(size="8b", gpus=2, tp=2, pp=1, seq=8192, micro_batch=1, global_batch=16, lr=3e-5)
@@ -41,8 +43,6 @@ _QLORA = dict(_LORA, recipe="qlora_llama3", precision="bf16")
 CASES = {
     "1b-bf16": dict(_1B, precision="bf16"),
     "1b-fp8": dict(_1B, precision="fp8"),
-    "1b-graphs-bf16": dict(_1B, precision="bf16", cuda_graphs="true"),
-    "1b-graphs-fp8": dict(_1B, precision="fp8", cuda_graphs="true"),
     "8b-tp2-bf16": dict(_8B, precision="bf16"),
     "8b-tp2-fp8": dict(_8B, precision="fp8"),
     "8b-pp2-bf16": dict(_8B, tp=1, pp=2, vp=1, precision="bf16", balance_stages="false"),
@@ -149,15 +149,17 @@ def main(arguments: list[str]) -> None:
     pairs = [a.split("=", 1) for a in arguments]
     options = {"steps": "16", "warm": "5", "stock": "true", **dict(pairs)}
     steps, warm, out = int(options["steps"]), int(options["warm"]), Path(options["out"])
+    more = {name: int(value) if value.isdecimal() else value for name, value in dict(pairs).items() if name not in OPTIONS}
     for name in [v for k, v in pairs if k == "case"]:
-        case = CASES[name] | ({"profile": int(options["profile"])} if "profile" in options else {})
+        case = CASES[name] | more
+        name = " ".join([name, *(f"{key}={value}" for key, value in more.items() if key != "profile")])
         row = {"case": case, "steps": steps, "warm": warm, "date": datetime.date.today().isoformat(), "gpu": machine.device()}
         row["versions"] = machine.versions()
         with tempfile.TemporaryDirectory() as folder:
             for side in (ours, stock) if options["stock"] == "true" and "recipe" not in case else (ours,):
                 row[side.__name__] = figures(side(case, steps, options["tokenizer"], Path(folder)), case, warm)
                 print(name, side.__name__, json.dumps(_short(row[side.__name__])), flush=True)
-                _save(out, name, row)
+                _save(out, machine.on(name), row)
 
 
 def _save(out: Path, name: str, row: dict) -> None:

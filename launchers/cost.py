@@ -32,26 +32,30 @@ class Constants:
 
 
 FITTED = Constants(  # by benchmarks/fit_cost.py write=true
-    products=0.734,
-    fp8=0.693,
-    attention_64=0.329,
-    attention_128=0.393,
-    memory=0.502,
-    link=0.478,
-    adapter=5.66,
-    handover=0.00119,
+    products=0.724,
+    fp8=0.688,
+    attention_64=0.324,
+    attention_128=0.392,
+    memory=0.58,
+    link=0.436,
+    adapter=6.99,
+    handover=0.0017,
     host_layer=0.00517,
-    host_weights=0.00275,
+    host_weights=0.00278,
     host_adapter=0.00774,
 )
-ERROR = 0.04  # root mean square, of rows that were left out of the fit with all that are like them
+ERROR = 0.05  # root mean square, of rows that were left out of the fit with all that are like them
 HOST_ERROR = 0.13  # the same where Python is what takes the time
 MEASURED_GPUS, MEASURED_SEQ = 2, (2048, 8192)  # the most GPUs, the shortest and the longest sequences
 
 # Round assumptions: messages between stages, replicas, experts and the parts of a sequence were not measured, nor a CPU's.
 MESSAGES = 0.7  # share of the links' rates
 CPU_CORE = 5e10  # floating-point operations a second of one core
-CPU_MEMORY, CPU_LINK, CPU_NETWORK = 1e10, 1e9, 1e8  # bytes a second of a process; gloo
+CPU_MEMORY = 1e10  # bytes a second of a process
+CPU_LINK = 1e9  # gloo between two processes of a machine: 0.3 to 1.3 GB/s seen, on two busy cores
+CPU_NETWORK = 5e8  # and over Ethernet of 10 Gb/s, the least that servers are sold with: half of it
+CPU_MESSAGE = 1e-3  # seconds of a small message over gloo: 0.1 ms on idle cores, 3 ms on busy ones
+CPU_ERROR = 0.25  # by so much a split model must be quicker than replicas on a CPU: neither was measured
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def expect(architecture: Architecture, request: Request, layout: Layout) -> Expe
 
 def error(architecture: Architecture, request: Request, layout: Layout) -> float:
     """The share by which a step's expected time may be off."""
+    if request.device == "cpu":
+        return CPU_ERROR
     return HOST_ERROR if waits_for_python(architecture, request, layout) else ERROR
 
 
@@ -138,6 +144,10 @@ def _unmeasured(a: Architecture, r: Request, layout: Layout) -> list[str]:
         found.append(r.precision)
     if layout.recompute != "none":
         found.append("recomputation")
+    if r.cuda_graphs and layout.pp > 1:
+        found.append("a CUDA graph of a pipeline")
+    if r.cross_entropy in ("fused", "fp8"):
+        found.append("a fused output layer")
     if a.num_moe_experts is not None:
         found.append("experts")
     if a.attn_logit_softcapping is not None:
@@ -161,7 +171,7 @@ def step_seconds(architecture: Architecture, request: Request, layout: Layout, c
         across = layout.tp * layout.cp * layout.dp >= request.gpus and request.nodes > 1
         message = _tokens(request, layout) * a.hidden_size * element_bytes(request.precision)
         message /= layout.tp if layout.sequence_parallel else 1
-        handover = (c.handover if request.device == "gpu" else 0.0) + message / (rate.across if across else rate.within)
+        handover = (c.handover if request.device == "gpu" else CPU_MESSAGE) + message / (rate.across if across else rate.within)
         seconds += microbatches * 2 * vp * handover * (0.5 if vp > 1 else 1.0)  # the interleaved schedule hides about half
     return seconds + update_seconds(a, request, layout, c) + max(0.0, reduction_seconds(a, request, layout, c) - slowest)
 
@@ -208,6 +218,8 @@ def layer_parts(a: Architecture, r: Request, layout: Layout, c: Constants = FITT
     message = tokens * h * e
     link = rate.tensor if tp <= r.gpus else rate.across
     communication = exchanges * (tp - 1) / tp * message / link
+    if tp > 1 and not on_gpu:
+        communication += exchanges * CPU_MESSAGE
     link = rate.within if tp * layout.cp <= r.gpus else rate.across
     ring = (layout.cp - 1) * tokens * 2 * kv / tp * e / link  # keys and values, forward once and backward twice, half hidden
     communication += 1.5 * ring
@@ -226,19 +238,25 @@ def layer_parts(a: Architecture, r: Request, layout: Layout, c: Constants = FITT
 
 
 def output_parts(a: Architecture, r: Request, layout: Layout, c: Constants = FITTED) -> dict[str, float]:
-    """Seconds of the output layer and the loss of one micro batch, forward and backward. Its products are never in FP8."""
+    """Seconds of the output layer and the loss of one micro batch, forward and backward. Its gradients are in FP8 on request.
+
+    A logit is read or written six times, of a fused layer three times.
+    """
+    fused = r.cross_entropy in ("fused", "fp8")
     rate, tokens = rates(a, r, c), _tokens(r, layout)
     vocabulary = a.padded_vocab_size / layout.tp
-    operations = 2 * a.hidden_size * vocabulary * (3 if r.trainable == 1 else 2)
+    product = 2 * a.hidden_size * vocabulary * tokens
+    gradients = (2 if r.trainable == 1 else 1) * product
     return {
-        "products": operations * tokens / rate.products,
-        "element-wise": 6 * element_bytes(r.precision) * vocabulary * tokens / rate.memory,
+        "products": product / rate.products + gradients / (rate.layers if r.cross_entropy == "fp8" else rate.products),
+        "element-wise": (3 if fused else 6) * element_bytes(r.precision) * vocabulary * tokens / rate.memory,
     }
 
 
 def host_seconds(a: Architecture, r: Request, layout: Layout, c: Constants = FITTED) -> float:
-    """Seconds that Python needs to start the kernels of a stage's micro batch: no GPU is quicker, however short the sequence."""
-    if r.device == "cpu":
+    """Seconds that Python needs to start the kernels of a stage's micro batch: no GPU is quicker, however short the sequence.
+    A graph's kernels are started without it."""
+    if r.device == "cpu" or r.cuda_graphs:
         return 0.0
     more = c.host_weights if r.trainable == 1 else c.host_adapter if r.trainable > 0 else 0.0
     again = {"none": 1.0, "selective": 7 / 6, "full": 4 / 3}[layout.recompute]  # forward is a third
@@ -255,13 +273,22 @@ def update_seconds(a: Architecture, r: Request, layout: Layout, c: Constants = F
 
 
 def reduction_seconds(a: Architecture, r: Request, layout: Layout, c: Constants = FITTED) -> float:
-    """Seconds of reducing gradients over the replicas and gathering what each has updated; one micro batch hides them."""
+    """Seconds of reducing gradients over the replicas and gathering what each has updated; one micro batch hides them. Tied
+    embeddings are on two stages of a pipeline, which add up their gradients."""
     replicas, rate = layout.dp * layout.cp, rates(a, r, c)
     experts = expert_parameters(a, layout)  # a replica of them is ep times rarer
     parameters = sum(stage_parameters(a, layout, 0)) - experts
     moved = parameters * (replicas - 1) / replicas + experts * (1 - layout.ep / replicas)
-    link = rate.across if r.nodes > 1 else rate.within
-    return (r.grad_bytes + element_bytes(r.precision)) * moved * r.trainable / link
+    link = rate.within
+    if r.nodes > 1 and layout.tp * layout.cp * layout.dp > r.gpus:  # not all replicas of a stage in one node
+        members = max(1, r.gpus // layout.tp) if r.device == "gpu" else 1  # each GPU has an adapter, and NCCL a ring for each
+        link = min(rate.within, members * rate.across)
+    back = element_bytes(r.precision) if r.distributed_optimizer else r.grad_bytes  # updated weights, or the sums of gradients
+    seconds = (r.grad_bytes + back) * moved * r.trainable / link
+    if layout.pp > 1 and a.share_embeddings_and_output_weights and r.trainable == 1:  # the first and the last stage sum theirs
+        ends = rate.across if r.nodes > 1 else rate.within
+        seconds += r.grad_bytes * a.padded_vocab_size * a.hidden_size / layout.tp / ends
+    return seconds
 
 
 def _tokens(r: Request, layout: Layout) -> float:

@@ -32,6 +32,7 @@ PACKAGES = {
     "transformers": "checkpoints from and to Hugging Face, tokenizers",
     "transformer_engine": "training on GPUs: fused layers, FP8, context parallelism",
     "apex": "optional, some fused GPU kernels",
+    "flash-attn-4": "optional, attention=flash4",
     "nvidia-modelopt": "quantization, pruning, distillation",
     "tensorrt_llm": "TensorRT-LLM engines",
     "vllm": "serving with vLLM",

@@ -23,12 +23,12 @@ GIB = 2**30
 # A run's folder may be continued with other values of these: they change where, how fast and how long, not what is learnt.
 FREE_TO_CHANGE = {
     TrainKeys: set(
-        "nodes gpus tp pp vp cp ep sp balance_stages micro_batch recompute overlap cuda_graphs device gpu gpu_memory workers "
-        "every keep async_save val_every tensorboard wandb out export preview answers scored profile "
+        "nodes gpus tp pp vp cp ep sp balance_stages micro_batch recompute overlap cuda_graphs attention device gpu gpu_memory "
+        "workers every keep async_save val_every tensorboard wandb out export preview answers scored profile "
         "restarts hang_timeout on_nan on_spike spike_factor spike_window straggler_factor".split()
     ),
     GrpoKeys: set(
-        "nodes gpus tp pp cp ep generation_tp generation_gpus micro_batch recompute device gpu_memory every keep val_every "
+        "nodes gpus tp pp cp ep generation_tp generation_gpus micro_batch recompute device gpu gpu_memory every keep val_every "
         "tensorboard wandb out export answers dynamic_limit reward_timeout tool_timeout sandbox_memory judge_key_env backend "
         "restarts hang_timeout on_nan".split()
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from launchers import allocation, folder, grammar, inputs, local
+from launchers import allocation, folder, grammar, inputs, layout, local
 from launchers.memory import Memory, Request
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
@@ -69,7 +69,7 @@ def start(command: grammar.Command) -> int:
     from nemo_ext.platform import hardware
 
     machine = hardware.detect()
-    if not machine.cuda and "device" not in command.keys:
+    if not machine.cuda and not {"device", "gpu"} & set(command.keys):
         print("no CUDA device: training on the CPU (size=smoke unless model= or size= is given)")
     keys = recipes.resolve(command.recipe, command.keys, cuda=machine.cuda)
     if keys["engine"] == "nemo_rl":
@@ -86,7 +86,7 @@ def start(command: grammar.Command) -> int:
         tools.close()
     if command.plan:
         _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
-        print("\n".join(plan(keys, architecture, _memory(keys, machine)).lines()))
+        print("\n".join(plan(keys, architecture, layout.device_memory(keys, machine)).lines()))
         return 0
     if keys["device"] == "gpu" and not machine.cuda:
         raise UserError("device=gpu: this machine has no CUDA device; plan=true plans for one")
@@ -131,7 +131,7 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine: Any, run_dir
     """Plan the run and prepare its problems, unless that was done before."""
     method, family = recipes.split(command.recipe)
     checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
-    planned = plan(keys, architecture, _memory(keys, machine))
+    planned = plan(keys, architecture, layout.device_memory(keys, machine))
     keys |= {"micro_batch": planned.micro_batch, "recompute": planned.recompute}
     print(_brief(keys, planned))
     model = model_folder(checkpoint)
@@ -287,17 +287,6 @@ def _export(run_dir: Path, keys: dict[str, Any]) -> None:
         for file in newest[1].iterdir():
             if file.name not in TRAINING_FILES:
                 shutil.copyfile(file, partial / file.name)
-
-
-def _memory(keys: dict[str, Any], machine: Any) -> float:
-    """Bytes of the device to plan for."""
-    if keys["gpu_memory"]:
-        return keys["gpu_memory"] * GIB
-    if keys["device"] == "cpu":
-        return machine.memory_bytes
-    if machine.gpus:
-        return machine.gpus[0].memory_bytes
-    raise UserError("planning for a GPU this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")
 
 
 def _brief(keys: dict[str, Any], planned: Planned) -> str:

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from launchers import allocation, folder, grammar, grpo, inputs
+from launchers import allocation, folder, grammar, grpo, inputs, layout
 from launchers import nemo_rl_engine as engine
 from launchers.worker import JOB
 from nemo_ext import run_folder
+from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
 from nemo_ext.grpo.embedded import HELDOUT, TRAIN, build_tools, read_rows
 from nemo_ext.grpo.nemo_rl import emit, problems, tree
 from recipes.grpo import finish
 
-GIB = 2**30
 PROBLEMS = "nemo_rl"  # in a run's folder: the problems as NeMo-RL reads them
 
 
@@ -36,7 +36,7 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
         )
     if command.plan:
         _, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
-        print("\n".join(engine.plan(keys, architecture, _gpu_memory(keys, machine), version).lines()))
+        print("\n".join(_plan(keys, architecture, machine, version).lines()))
         return 0
     keys = inputs.absolute(keys, grpo.PATHS)
     run_dir = Path(keys["out"])
@@ -50,6 +50,10 @@ def start(command: grammar.Command, keys: dict[str, Any], machine: Any) -> int:
     return allocation.hold(
         command, run_dir, keys, export=lambda: _export(run_dir, keys), run=lambda: _run(command, keys, machine, run_dir, version)
     )
+
+
+def _plan(keys: dict[str, Any], architecture: Architecture, machine: Any, version: str) -> engine.Planned:
+    return engine.plan(keys, architecture, layout.device_memory(keys, machine), version, layout.device(keys, machine))
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def _prepare(
     """Plan the run of `run_dir` and write its problems into the folder `write_to`: the same, but for a dry run."""
     method, family = recipes.split(command.recipe)
     checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=False)
-    planned = engine.plan(keys, architecture, _gpu_memory(keys, machine), version)
+    planned = _plan(keys, architecture, machine, version)
     model = grpo.model_folder(checkpoint)
     counts = grpo.prepare_problems(write_to, keys, model)
     steps = keys["steps"] or max(1, int(keys["epochs"] * counts["train"] // keys["prompts"]))
@@ -137,11 +141,3 @@ def _finish(command: grammar.Command, prepared: _Prepared, run_dir: Path, versio
 def _export(run_dir: Path, keys: dict[str, Any]) -> None:
     if keys["export"] == "hf" and not (run_dir / run_folder.EXPORT).is_dir():
         engine.export(run_dir, run_dir / run_folder.EXPORT)
-
-
-def _gpu_memory(keys: dict[str, Any], machine: Any) -> float:
-    if keys["gpu_memory"]:
-        return keys["gpu_memory"] * GIB
-    if machine.gpus:
-        return min(gpu.memory_bytes for gpu in machine.gpus)
-    raise UserError("planning for GPUs this machine does not have: give gpu_memory= in GiB (80 for an H100, 48 for an L40)")

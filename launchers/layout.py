@@ -49,23 +49,32 @@ def request(
     """What is asked of the planner. `trainable`: the share of the decoder's parameters with gradients; `statistics`: bytes that
     an adapter keeps of each of its own; `packed`: rows hold several conversations. Raises UserError where nothing says how much
     memory a device has."""
-    if keys["gpu_memory"]:
-        memory = keys["gpu_memory"] * GIB
-    elif keys["device"] == "cpu":
-        memory = machine.memory_bytes / keys["gpus"]
-    elif machine is not None and machine.gpus:
-        memory = min(gpu.memory_bytes for gpu in machine.gpus)
-    else:
-        raise UserError("planning for GPUs this machine does not have: give gpu=h100, h200, a100 or l40, or gpu_memory= in GiB")
+    memory = device_memory(keys, machine)
     names = "nodes gpus seq global_batch micro_batch tp pp vp cp ep precision recompute distributed_optimizer device double_quant"
-    wanted = {"nf4": nf4, **{name: keys[name] for name in names.split()}, **_device(keys, machine)}
+    same = {name: keys[name] for name in (*names.split(), "cuda_graphs", "fp8_recipe")}
+    wanted = {"nf4": nf4, **same, **device(keys, machine)}
     return Request(
-        **wanted, gpu_memory=memory, trainable=trainable, statistics=statistics, sequence_parallel=keys["sp"], cross_entropy="te",
+        **wanted, gpu_memory=memory, trainable=trainable, statistics=statistics, sequence_parallel=keys["sp"],
+        cross_entropy="te" if keys["output_layer"] == "separate" else keys["output_layer"],
         tower=tower, packed=packed, balanced=keys["balance_stages"] and tower is None,
     )  # fmt: skip
 
 
-def _device(keys: dict[str, Any], machine) -> dict[str, Any]:
+def device_memory(keys: dict[str, Any], machine) -> float:
+    """Bytes that a GPU, or a process of a CPU, has. `machine` is None where it is another's that is planned for.
+
+    Raises UserError where nothing says it.
+    """
+    if keys["gpu_memory"]:
+        return keys["gpu_memory"] * GIB
+    if keys["device"] == "cpu" and machine is not None:
+        return machine.memory_bytes / keys["gpus"]
+    if machine is not None and machine.gpus:
+        return min(gpu.memory_bytes for gpu in machine.gpus)
+    raise UserError(f"planning for another machine: give gpu={'|'.join(gpus.KINDS)} or gpu_memory= in GiB")
+
+
+def device(keys: dict[str, Any], machine) -> dict[str, Any]:
     """Fields of a request that say what a device is: the kind that `gpu=` names, or this machine's own."""
     if keys["device"] == "cpu":
         return {"cores": max(1.0, machine.cpu_count / keys["gpus"]) if machine is not None else 1.0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_ext.architecture import Architecture
+from nemo_ext.chunks import chunk_tokens
 from nemo_ext.pipeline import chunk_layers
 
 GiB = 2**30
@@ -20,8 +21,13 @@ GiB = 2**30
 CUDA_CONTEXT = 2.1 * GiB  # driver context, loaded kernels, cuBLAS and cuDNN handles, Transformer Engine's workspaces
 NCCL_BUFFERS = 1.6 * GiB  # communicators of the data, tensor and pipeline groups
 FRAGMENTATION = 0.03  # of activations and logits: reserved by the allocator, not in use
+# A CUDA graph of a step, an allowance: the driver's record of each kernel (NVIDIA's CCCL #3768 found 10 KiB), of which a layer's
+# forward and backward passes start so many. One whole run was measured, the 1B's: 0.08 GiB more outside torch, 0.12 allowed for.
+GRAPH_KERNEL = 16 * 2**10
+LAYER_KERNELS = 60
 IMPORTED_PROCESS = 0.8 * GiB  # resident size of a CPU process that has imported NeMo
 HEAP = 0.30  # of all tensors on a CPU: pages that malloc keeps when they are freed, and the optimizer's temporaries
+SAVED = 0.5  # copies of what a CPU process saves, beside it
 
 # Bytes per logit at the peak of the cross entropy, on a GPU in half precision. "native" is Megatron's compiled one: logits, their
 # fp32 copy, and one more fp32 tensor that its in-place updates seem to become under torch.compile (inferred from a measured peak,
@@ -63,6 +69,7 @@ class Request:
     ep: int | None = None
     sequence_parallel: bool | None = None
     precision: str = "bf16"  # "bf16", "fp16", "fp32" or "fp8"
+    fp8_recipe: str = "delayed"  # of `nemo_ext.gpus`, HOPPER_FP8
     recompute: str = "auto"  # "auto", "none", "selective" or "full"
     distributed_optimizer: bool = True
     grad_bytes: int = 4  # per element of the main gradient buffer
@@ -72,7 +79,7 @@ class Request:
     nf4: bool = False  # the frozen weights of the layers' linears are in 4 bits (`nemo_ext.adapters.nf4`)
     double_quant: bool = True  # and the magnitudes of their blocks in 8
     fp8_params: bool = False  # the parameters themselves are FP8 (`fp8_param_gather`): no bf16 copy beside the FP8 ones
-    cross_entropy: str = "native"  # "native", "te" or "unfused"
+    cross_entropy: str = "native"  # "native", "te", "unfused", or with the output layer (`nemo_ext.platform`) "fused" and "fp8"
     tower: Tower | None = None  # of a model with a sense
     gpu: str | None = None  # kind of `nemo_ext.gpus`; None: not said, rates are an H100's and no time is shown
     instead_of: str | None = None  # the name of a GPU that is none of the kinds, or why this one is taken
@@ -81,6 +88,7 @@ class Request:
     packed: bool = False  # whether rows hold several conversations that do not see each other
     attended: int | None = None  # tokens of one of them, where it is known; None: seq
     balanced: bool = False  # see Layout
+    cuda_graphs: bool = False  # a step's kernels are one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -271,6 +279,8 @@ def logits_memory(architecture: Architecture, request: Request, layout: Layout) 
     e = element_bytes(request.precision)
     tokens = request.seq * layout.micro_batch / layout.cp
     vocabulary = architecture.padded_vocab_size / layout.tp
+    if request.cross_entropy in ("fused", "fp8"):
+        return fused_logits_memory(architecture, request, layout, tokens, vocabulary)
     if e == 4:
         per_logit = 4  # every implementation works in place when the logits are fp32 already ("native" is not used then)
     elif request.device == "cpu":
@@ -282,6 +292,25 @@ def logits_memory(architecture: Architecture, request: Request, layout: Layout) 
     # before it is added to the gradient buffer; frozen weights have none
     weight_gradient = e * vocabulary * architecture.hidden_size if request.trainable == 1 else 0.0
     return max(per_logit * tokens * vocabulary, e * tokens * vocabulary + weight_gradient)
+
+
+def fused_logits_memory(a: Architecture, request: Request, layout: Layout, tokens: float, vocabulary: float) -> float:
+    """The same of an output layer that is one with its loss (`nemo_ext.platform.output_layer`), in half precision.
+
+    The logits' gradient is kept for the weight's, of one byte each in FP8. Beside it, or alone where the weight is frozen, there
+    are logits and, in FP8, gradients of a chunk of tokens. Of [tokens, hidden] there are the inputs' gradient before and after it
+    is scaled, inputs that were gathered, and scaled inputs for the weight's gradient, in FP8 too. That one's placeholder is never
+    given back.
+    """
+    fp8, learnt = request.cross_entropy == "fp8", request.trainable == 1
+    hidden = 2 * tokens * a.hidden_size
+    chunk = min(tokens, chunk_tokens(int(vocabulary))) * vocabulary
+    kept = (1 if fp8 else 2) * tokens * vocabulary if learnt else 0.0
+    forward = 3 * chunk if fp8 else 0.0 if learnt else 2 * chunk
+    backward = hidden + (hidden * (2 if fp8 else 1) if learnt else 0.0)
+    gathered = hidden if layout.sequence_parallel else 0.0
+    placeholder = 2 * vocabulary * a.hidden_size if learnt else 0.0
+    return kept + gathered + hidden + max(forward, backward) + placeholder
 
 
 def tower_memory(architecture: Architecture, request: Request, layout: Layout) -> tuple[float, float]:
@@ -318,10 +347,8 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
     experts = expert_parameters(architecture, layout, stage)  # there are ep times fewer copies to shard their states over
     shares = (parameters - experts) / shards + experts / max(1, shards // layout.ep)
     optimizer = state_bytes * shares * request.trainable
-    states = state_bytes * parameters * request.trainable  # of all shards
     if request.statistics:
         optimizer += request.statistics * adapter
-        states += request.statistics * adapter
 
     tokens = request.seq * layout.micro_batch / layout.cp
     kept = saved_per_token(architecture, request, layout, layout.recompute)
@@ -338,7 +365,6 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
         weights += e * tower.parameters
         gradients += request.grad_bytes * tower.trained
         optimizer += state_bytes * tower.trained / shards
-        states += state_bytes * tower.trained
         kept, at_work = tower_memory(architecture, request, layout)
         saved += kept
         working = max(working, at_work)
@@ -347,17 +373,22 @@ def estimate_stage(architecture: Architecture, request: Request, layout: Layout,
         shard = layout.tp if layout.sequence_parallel else 1
         saved += 2 * e * tokens * architecture.hidden_size / shard  # the final norm's input and output
         logits = logits_memory(architecture, request, layout)
+        if request.cross_entropy == "fp8":  # the output layer's weight, transposed
+            weights += architecture.padded_vocab_size * architecture.hidden_size / layout.tp
     # A layer's backward pass comes after the logits are gone: only the larger of the two counts.
     activations = saved + max(0.0, working - logits)
     if request.device == "cpu":
-        # A checkpoint is gathered and copied before it is written, when the activations are gone: the shards of all data parallel
-        # ranks on the first of them (Megatron's get_parameter_state_dp_zero).
-        saving = max(0.0, 2 * ((e * adapter or weights) + states) - activations - logits)
+        # Half of a process's part of a checkpoint is copied while it is written, when the activations are gone.
+        saving = max(0.0, SAVED * ((e * adapter or weights) + optimizer) - activations - logits)
         other = IMPORTED_PROCESS + saving + HEAP * (weights + gradients + optimizer + activations + logits)
     else:
         other = CUDA_CONTEXT + FRAGMENTATION * (activations + logits)
         if request.nodes * request.gpus > 1:
             other += NCCL_BUFFERS
+        if request.cuda_graphs:  # the memory of its activations stays its own: an evaluation's layer and logits lie beside it
+            layers = sum(chunks(architecture, layout)[stage :: layout.pp])
+            other += GRAPH_KERNEL * LAYER_KERNELS * layers * layout.num_microbatches
+            other += tokens * saved_per_token(architecture, request, layout, "none") + logits
     return Memory(weights, gradients, optimizer, activations, logits, other)
 
 

@@ -60,12 +60,15 @@ class Planned:
         return [own, *self.policy.lines(), "", "the reference", *self.reference, "", "generation", *self.generation]
 
 
-def plan(keys: Mapping[str, Any], architecture: Architecture, gpu_memory: float, version: str) -> Planned:
+def plan(
+    keys: Mapping[str, Any], architecture: Architecture, gpu_memory: float, version: str, gpu: Mapping[str, Any] | None = None
+) -> Planned:
     """Choose what `keys` leave open of `tp pp cp ep micro_batch recompute generation_tp`, and check the rest.
 
-    `gpu_memory`: bytes of a GPU. The policy's layout is the planner's for its GPUs, without a virtual pipeline, which NeMo-RL has
-    no key for, and with all activations recomputed only where nothing fits otherwise. Raises UserError where a rule is broken or
-    something does not fit.
+    `gpu_memory`: bytes of a GPU; `gpu`: its kind, as `launchers.layout.device` says it. The policy's layout is the planner's for
+    its GPUs, without a virtual pipeline, which NeMo-RL has no key for, and with all activations recomputed only where nothing
+    fits otherwise. No time is expected: nothing of NeMo-RL was measured. Raises UserError where a rule is broken or something
+    does not fit.
     """
     limits.refuse(keys, architecture, version)
     keys = {**keys, "precision": keys["precision"] or "bf16"}
@@ -74,7 +77,7 @@ def plan(keys: Mapping[str, Any], architecture: Architecture, gpu_memory: float,
         nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, device="gpu", seq=emit.sequence_length(keys, architecture),
         global_batch=keys["prompts"] * keys["group"], micro_batch=keys["micro_batch"], tp=keys["tp"], pp=keys["pp"], vp=1,
         cp=1 if architecture.attn_logit_softcapping is not None else keys["cp"], ep=keys["ep"], precision=keys["precision"],
-        grad_bytes=4 if keys["precision"] == "fp32" else 2,
+        grad_bytes=4 if keys["precision"] == "fp32" else 2, fp8_recipe=emit.FP8_RECIPE, **gpu or {},
     )  # fmt: skip
     modes = {None: ("none", "full"), False: ("none",), True: ("full",)}[keys["recompute"]]
     for mode in modes:
@@ -85,7 +88,7 @@ def plan(keys: Mapping[str, Any], architecture: Architecture, gpu_memory: float,
             problem = error
     else:
         raise UserError(_in_our_words(str(problem))) from None
-    policy = dataclasses.replace(policy, why=[_in_our_words(why) for why in policy.why if why != "given: vp=1"])
+    policy = dataclasses.replace(policy, why=[_in_our_words(why) for why in policy.why if why != "fixed: vp=1"], expected=None)
     layout = policy.layout
     keys |= {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "micro_batch")}
     keys["recompute"] = layout.recompute == "full"
@@ -232,6 +235,7 @@ def _end(process: subprocess.Popen) -> None:
 def _in_our_words(message: str) -> str:
     """The planner's message with the keys of GRPO, which has no global_batch and no seq, and no choice of vp and recompute."""
     message = re.sub(r" (vp=1|recompute=\w+)\b", "", message)
+    message = re.sub(r"fp8_recipe=\w+: (.*) has no such.*", r"precision=fp8: \1 has no scales of blocks: precision=bf16", message)
     message = re.sub(r"\bglobal_batch=(\d+)", r"prompts x group = \1", message)
     return re.sub(r"\bseq=(\d+)", r"max_prompt + max_answer of about \1", message)
 

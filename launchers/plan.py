@@ -23,6 +23,8 @@ from nemo_ext.gpus import KINDS, NVLINK, PCIE
 __all__ = ["GiB", "Layout", "Memory", "Plan", "Request", "estimate", "plan"]
 
 HEADROOM = 0.9  # a chosen layout fills at most this share of the memory where it can; one asked for may fill it all
+SHARES = (HEADROOM, 0.95, 1.0)  # where nothing is left below one of them, the next
+QUICKER = 0.8  # of the time that the chosen layout takes: a layout above HEADROOM that needs less is worth a word
 TIE = 1.01  # a layout that is expected to be slower by less is taken if it is simpler: well under what the estimate distinguishes
 MICROBATCH_TOKENS = 8192  # a chosen micro batch grows up to this; longer ones only cost memory
 CONTEXT_TOKENS = 8192  # a chosen context parallelism leaves each GPU at least this much of the sequence
@@ -49,6 +51,7 @@ class Plan:
         layout, memory, request = self.layout, self.memory, self.request
         unit = "process" if request.device == "cpu" else "GPU"
         device = KINDS[request.gpu].title if request.gpu else unit
+        device = f"{unit} taken for {device}" if request.instead_of else device
         split = f"TP {layout.tp}  PP {layout.pp}  VP {layout.vp or '-'}  CP {layout.cp}  DP {layout.dp}"
         split += f"  EP {layout.ep}" if layout.ep > 1 else ""
         split += f"  sequence parallel {'on' if layout.sequence_parallel else 'off'}  recompute {layout.recompute}"
@@ -86,7 +89,8 @@ class Plan:
             whole += f"; {expected.tflops:.0f} TFLOP/s a GPU"
         words = [f"{_figure(expected.seconds)} s a step, {whole}"]
         if expected.waits_for_python:
-            words.append("Python starts kernels for longer than the GPU computes: a larger micro batch costs little")
+            more = "longer rows (seq=) cost" if request.packed else "a larger micro batch costs"
+            words.append(f"Python starts kernels for longer than the GPU computes: {more} little")
         if expected.extrapolated:
             words.append(f"extrapolated: {'; '.join(expected.extrapolated)}")
         else:
@@ -134,7 +138,7 @@ def plan(architecture: Architecture, request: Request) -> Plan:
         fits=True,
         parameters=architecture.num_parameters() + (request.tower.parameters if request.tower else 0),
         tokens_per_step=request.global_batch * request.seq,
-        why=_reasons(architecture, request, layout),
+        why=_reasons(architecture, request, layout) + _tighter(architecture, request, layout, layouts),
         request=request,
         expected=expect(architecture, request, layout) if request.gpu or request.device == "cpu" else None,
     )
@@ -150,7 +154,7 @@ def _check_values(request: Request) -> None:
         ("device", ("gpu", "cpu")),
         ("precision", ("bf16", "fp16", "fp32", "fp8")),
         ("recompute", ("auto", *RECOMPUTE)),
-        ("cross_entropy", ("native", "te", "unfused")),
+        ("cross_entropy", ("native", "te", "unfused", "fused", "fp8")),
         ("gpu", (None, *KINDS)),
         ("interconnect", (None, NVLINK, PCIE)),
     ):
@@ -158,8 +162,17 @@ def _check_values(request: Request) -> None:
             raise UserError(f"{name}={getattr(request, name)}: give one of {', '.join(filter(None, allowed))}")
     if request.device == "cpu" and request.precision == "fp8":
         raise UserError("precision=fp8 needs a GPU; nearest that works on a CPU: precision=bf16")
-    if request.gpu and request.precision == "fp8" and KINDS[request.gpu].fp8 is None:
-        raise UserError(f"precision=fp8: {request.instead_of or KINDS[request.gpu].title} has no FP8: precision=bf16")
+    if request.cuda_graphs and (request.device == "cpu" or request.recompute not in ("auto", "none")):
+        what = "a CPU has none" if request.device == "cpu" else f"nothing can be recomputed in one: recompute={request.recompute}"
+        raise UserError(f"cuda_graphs=true: {what}; nearest that works: cuda_graphs=false")
+    if request.gpu and request.precision == "fp8":
+        kind = KINDS[request.gpu]
+        name = request.instead_of or kind.title
+        if kind.fp8 is None:
+            raise UserError(f"precision=fp8: {name} has no FP8: precision=bf16")
+        if request.fp8_recipe not in kind.fp8_recipes:
+            known = " or ".join(kind.fp8_recipes)
+            raise UserError(f"fp8_recipe={request.fp8_recipe}: {name} has no such scaling: fp8_recipe={known}")
 
 
 def _problem(
@@ -248,7 +261,8 @@ def _layouts(a: Architecture, r: Request) -> Iterator[Layout]:
                     microbatches = r.global_batch // (micro * dp)
                     if r.pp is None and pp > microbatches:
                         continue
-                    for recompute in RECOMPUTE if r.recompute == "auto" else (r.recompute,):
+                    free = ("none",) if r.cuda_graphs else RECOMPUTE
+                    for recompute in free if r.recompute == "auto" else (r.recompute,):
                         balanced = r.balanced and pp > 1
                         yield Layout(tp, pp, vp, cp, dp, parallel, micro, microbatches, recompute, ep, balanced)
 
@@ -288,7 +302,7 @@ def _context_sizes(r: Request, world: int) -> list[int]:
 
 def _best(a: Architecture, r: Request, layouts: list[Layout]) -> Layout | None:
     """The quickest layout that fits with headroom, or failing that at all; None if none fits."""
-    for share in (HEADROOM, 1.0):
+    for share in SHARES:
         fitting = [layout for layout in layouts if estimate(a, r, layout).total <= share * r.gpu_memory]
         if fitting:
             seconds = {layout: step_seconds(a, r, layout) for layout in fitting}
@@ -339,7 +353,7 @@ def _nearest(a: Architecture, r: Request, kind: str) -> str:
                     fitting,
                     key=lambda layout: (
                         _distance(r, layout),
-                        need[layout] > HEADROOM * variant.gpu_memory,
+                        next(share for share in SHARES if need[layout] <= share * variant.gpu_memory),
                         step_seconds(a, variant, layout),
                         _simplicity(layout),
                     ),
@@ -430,7 +444,7 @@ def _reasons(a: Architecture, r: Request, layout: Layout) -> list[str]:
     model = layout.tp * layout.pp * layout.cp
     given = [f"{name}={getattr(r, name)}" for name in SIZES if getattr(r, name) is not None]
     if given:
-        why.append(f"given: {' '.join(given)}")
+        why.append(f"fixed: {' '.join(given)}")
     whole = Layout(1, 1, None, 1, layout.dp * model, False, 1, layout.num_microbatches, "none")
     alone = estimate(a, r, whole).total
     plain = dataclasses.replace(layout, recompute="none")
@@ -446,7 +460,12 @@ def _reasons(a: Architecture, r: Request, layout: Layout) -> list[str]:
         replicas = layout.dp * model
         why.append(f"split over {model}: better than {replicas} replicas for a global batch of {r.global_batch} in this memory")
     if layout.tp > 1 and r.tp is None:
-        where = "inside a node" if layout.tp <= r.gpus else "across nodes, which is slow"
+        pcie = (r.interconnect or (KINDS[r.gpu].interconnect if r.gpu else None)) == PCIE
+        where = (
+            f"inside a node{', over PCIe, which is slow' if pcie else ''}"
+            if layout.tp <= r.gpus
+            else "across nodes, which is slow"
+        )
         why.append(f"tp={layout.tp} {where}: divides {a.num_query_groups} query groups")
     if layout.sequence_parallel and r.sequence_parallel is None:
         why.append("sequence parallel: the same communication, and norms and residuals are stored once, not on every tensor rank")
@@ -472,3 +491,14 @@ def _reasons(a: Architecture, r: Request, layout: Layout) -> list[str]:
     if memory.total > HEADROOM * r.gpu_memory:
         why.append(f"tight: {memory.total / r.gpu_memory:.0%} of the memory, and the estimate is good to a few percent only")
     return why
+
+
+def _tighter(a: Architecture, r: Request, chosen: Layout, layouts: list[Layout]) -> list[str]:
+    """A word on the quickest layout that was passed over for want of headroom, where it is expected to be much quicker."""
+    fitting = [layout for layout in layouts if estimate(a, r, layout).total <= r.gpu_memory]
+    best = min(fitting, key=lambda layout: step_seconds(a, r, layout))
+    quicker = step_seconds(a, r, best) / step_seconds(a, r, chosen)
+    if quicker > QUICKER:
+        return []
+    full = estimate(a, r, best).total / r.gpu_memory
+    return [f"{_describe(r, best)} may take {1 - quicker:.0%} less time, and {full:.0%} of the memory: safer layouts go first"]

@@ -29,6 +29,7 @@ from launchers import allocation, executors, folder, grammar, inputs, layout, se
 from launchers.memory import element_bytes
 from nemo_ext.command_line import ending
 from nemo_ext.errors import RunError, UserError, explain
+from recipes import device
 from recipes.grpo import GrpoKeys
 from recipes.keys import bytes_per_parameter
 
@@ -89,7 +90,9 @@ def start(command: grammar.Command) -> int:
     keys["gpus"] = keys["gpus"] or max(1, len(machine.gpus))
     if command.plan:
         checkpoint, architecture = inputs.starting_point(command.recipe, method, family, keys, planning=True)
-        print("\n".join(plan.plan(architecture, senses.request(method, keys, machine, checkpoint, architecture)).lines()))
+        planned = plan.plan(architecture, senses.request(method, keys, machine, checkpoint, architecture))
+        recipes.check_layout(command.recipe, {**keys, **layout.keys_of(planned)}, architecture)
+        print("\n".join([*planned.lines(), *device.lines(keys, command.keys, planned.request.gpu)]))
         return 0
     _check_machine(keys, machine, command.executor)
     keys = inputs.absolute(keys, inputs.PATHS)
@@ -152,7 +155,7 @@ def _ready(command: grammar.Command, keys: dict[str, Any], machine, run_dir: Pat
     trained = layout.trained(method, keys, architecture) + (request.tower.trained if request.tower else 0)
     planned = plan.plan(architecture, request)
     keys = {**keys, **layout.keys_of(planned)}
-    recipes.check_layout(command.recipe, keys)
+    recipes.check_layout(command.recipe, keys, architecture)
     if command.overrides:
         _check_overrides(command, keys, architecture)
     media = None

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 import recipes
 from launchers import folder, grammar, inputs
 from nemo_ext.errors import UserError
+from recipes import device
 from recipes.grpo import GrpoKeys
 
-GIB = 2**30
 TRAIN, EMBEDDED, NEMO_RL = "train", "embedded", "nemo_rl"
 
 
@@ -63,7 +63,7 @@ class Submission:
 
 
 def describe(command: grammar.Command, *, shared: bool = False) -> Submission:
-    """Resolve a command's keys for the machines of a cluster, and plan its layout where `gpu_memory=` says what they have.
+    """Resolve a command's keys for the machines of a cluster, and plan its layout where `gpu=` or `gpu_memory=` is known.
 
     Without device=cpu it is for GPUs, of which `gpus=` says how many a machine has. Where the cluster has `shared` this machine's
     files, model, data and tokenizer must be there. Raises UserError.
@@ -120,16 +120,22 @@ def _plan(command: grammar.Command, keys: dict[str, Any], engine: str, checkpoin
     if engine == NEMO_RL:
         from launchers import nemo_rl_engine
 
-        return nemo_rl_engine.plan(keys, architecture, keys["gpu_memory"] * GIB, keys["nemo_rl_version"]).lines()
+        version, gpu = keys["nemo_rl_version"], layout.device(keys, None)
+        return nemo_rl_engine.plan(keys, architecture, layout.device_memory(keys, None), version, gpu).lines()
     if engine == EMBEDDED:
-        return grpo.plan(keys, architecture, keys["gpu_memory"] * GIB).lines()
+        return grpo.plan(keys, architecture, layout.device_memory(keys, None)).lines()
     method, _ = recipes.split(command.recipe)
     planned = plan.plan(architecture, senses.request(method, keys, None, checkpoint, architecture))
-    recipes.check_layout(command.recipe, {**keys, **layout.keys_of(planned)})
-    return planned.lines()
+    recipes.check_layout(command.recipe, {**keys, **layout.keys_of(planned)}, architecture)
+    return [*planned.lines(), *device.lines(keys, command.keys, planned.request.gpu)]
 
 
 def with_defaults(command: grammar.Command, defaults: dict[str, Any]) -> grammar.Command:
-    """The command with recipe keys that it leaves open set to what a site says of its machines (`gpus`, `gpu_memory`)."""
+    """The command with recipe keys that it leaves open set to what a site says of its machines (`gpus`, `gpu`, `gpu_memory`).
+
+    What a site says of its GPUs is nothing to device=cpu, nor the memory of its own to another `gpu=`.
+    """
     given = {name: value for name, value in defaults.items() if command.keys.get(name) is None}
+    if command.keys.get("device") == "cpu" or command.keys.get("gpu"):
+        given = {name: value for name, value in given.items() if name not in ("gpu", "gpu_memory")}
     return dataclasses.replace(command, keys={**given, **command.keys, **given})

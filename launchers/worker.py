@@ -140,12 +140,13 @@ def train(job: dict, run_dir: Path, waited: float = 0.0) -> None:
 
         import recipes
         from nemo_ext.architecture import Architecture
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if torch.cuda.is_available() and job["keys"]["gpu_memory"]:
-        _hold_to(job["keys"]["gpu_memory"] * GIB)
-    shape = Architecture(**job["architecture"])
-    with lean(), platform.uncollected():  # it imports the rest of NeMo
-        recipe = recipes.load(job["recipe"], shape=shape, overrides=job["overrides"], senses=job.get("senses"), **job["keys"])
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        if torch.cuda.is_available() and job["keys"]["gpu_memory"]:
+            _hold_to(job["keys"]["gpu_memory"] * GIB)
+        shape, given = Architecture(**job["architecture"]), {**job["keys"], "senses": job.get("senses")}
+        with platform.uncollected():  # it imports the rest of NeMo
+            recipe = recipes.load(job["recipe"], shape=shape, overrides=job["overrides"], **given)
     recipes.bind(recipe, run_dir=str(run_dir), tokenizer=job["tokenizer"], blend=job["blend"], weights=job["weights"],
                  checkpoint=job["checkpoint"])  # fmt: skip
     if "trainer" in recipe.__arguments__:  # GRPO's has none

@@ -16,10 +16,9 @@ from nemo_ext import adapters
 from nemo_ext.architecture import Architecture
 from nemo_ext.command_line import check_value
 from nemo_ext.errors import UserError
-from nemo_ext.gpus import KINDS
 from nemo_ext.multimodal import freezing, towers
 from nemo_ext.multimodal.description import AUDIO, VISION, Sense
-from recipes import grpo, models
+from recipes import device, grpo, kernels, models
 from recipes.grpo import GrpoKeys
 from recipes.keys import TrainKeys, fields
 from recipes.models import FAMILIES
@@ -120,7 +119,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
             raise UserError(f"{key}= is for recipe={only[0]}_{family}, not for {name}")
     keys = {**{n: f.default for n, f in fields().items()}, **method.defaults}
     keys.update({k: v for k, v in given.items() if v is not None})
-    _device(keys, cuda)
+    device.settle(keys, fields(), cuda)
     on_cpu = keys["device"] == "cpu"
     keys["size"] = keys["size"] or ("smoke" if on_cpu and not keys["model"] else FAMILIES[family].default_size)
     smoke = on_cpu and keys["size"] == "smoke"
@@ -130,15 +129,12 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     longest = models.size(family, keys["size"]).architecture.max_position_embeddings
     defaults = {
         "data": "glyphs" if method.modality == VISION else "python-docs",
-        "seq": min(256 if on_cpu else 4096, longest),
-        "global_batch": 8 if on_cpu else 128,
-        "precision": "fp32" if on_cpu else "bf16",
+        **device.defaults(keys),
         "gpus": 1 if on_cpu else None,
-        "async_save": not on_cpu,
         "steps": 10 if smoke and not glyphs else None,
-        "val_batches": 4 if on_cpu else 8,
         "out": f"runs/{name}-{keys['size']}",
     }
+    defaults["seq"] = min(defaults["seq"], longest)
     if method.conversations:
         defaults["cp"] = 1  # packed conversations are not split over devices
         capped = models.size(family, keys["size"]).architecture.attn_logit_softcapping is not None
@@ -159,6 +155,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
             keys |= {k: v for k, v in _rates_of_glyphs(keys).items() if given.get(k) is None}
     for check in (_values, _numbers):
         check(keys)
+    kernels.check(keys, models.size(family, keys["size"]).architecture)
     if method.nf4 and keys["precision"] == "fp8":
         raise UserError(f"precision=fp8: {name}'s weights are rounded to 4 bits, FP8 would round them again: precision=bf16")
     if method.modality and keys["export"] == "lora" and not saves_part(method, keys):
@@ -189,9 +186,10 @@ def finish(keys: dict[str, Any]) -> dict[str, Any]:
     return {**keys, **{k: v for k, v in defaults.items() if keys[k] is None}}
 
 
-def check_layout(name: str, keys: dict[str, Any]) -> None:
-    """Refuse what the planned layout does not allow. Raises UserError."""
+def check_layout(name: str, keys: dict[str, Any], shape: Architecture | None = None) -> None:
+    """Refuse what the planned layout does not allow. `shape` is a checkpoint's, if not the size's. Raises UserError."""
     method, family = split(name)
+    kernels.check_attention(keys, shape or architecture(name, keys))
     if adapter(method, keys) != "lora":
         return
     for linear, rank in adapters.ranks(models.size(family, keys["size"]).architecture.family, keys).items():
@@ -237,7 +235,7 @@ def load(name: str, *, shape: Architecture | None = None, overrides: dict[str, A
     keys.update({k: v for k, v in simplest.items() if keys[k] is None})
     keys["sp"] = keys["tp"] > 1 if keys["sp"] is None else keys["sp"]
     keys = finish(keys)
-    check_layout(name, keys)
+    check_layout(name, keys, shape)
     method, _ = split(name)
     from recipes import training
     from recipes.overrides import apply
@@ -262,17 +260,6 @@ def bind(recipe, *, run_dir: str, tokenizer: str, blend: list, weights: str | No
     from recipes import binding
 
     return binding.bind(recipe, run_dir=run_dir, tokenizer=tokenizer, blend=blend, weights=weights, checkpoint=checkpoint)
-
-
-def _device(keys: dict[str, Any], cuda: bool) -> None:
-    """What `gpu=` implies. Raises UserError."""
-    if keys["gpu"] and keys["device"] == "cpu":
-        raise UserError(f"gpu={keys['gpu']} device=cpu: leave one of them out")
-    check_value("gpu", keys["gpu"], fields()["gpu"])
-    if keys["gpu"]:
-        keys["device"] = "gpu"
-        keys["gpu_memory"] = keys["gpu_memory"] or KINDS[keys["gpu"]].memory / 2**30
-    keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
 
 
 def _numbers(keys: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from nemo_ext.command_line import check_value, key, keys_of
 from nemo_ext.errors import UserError
-from recipes import models
+from nemo_ext.gpus import KINDS
+from recipes import device, models
 
 ENGINES = ("embedded", "nemo_rl")
 # Keys of other recipes that make no sense here, and why.
@@ -129,7 +130,12 @@ class GrpoKeys:
         None, "GPUs a machine that only generate", auto="none: generation shares the policy's GPUs", above=0
     )
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
-    gpu_memory: float | None = key(None, "memory of a device to plan for", unit="GiB", auto="what the machine has", above=0)
+    gpu: str | None = key(
+        None, "kind of GPU to plan for, with its memory and links; implies device=gpu", choices=tuple(KINDS), auto="the machine's"
+    )
+    gpu_memory: float | None = key(
+        None, "memory of a device to plan for", unit="GiB", auto="what the machine or gpu= has", above=0
+    )
 
     out: str | None = key(None, "the run's folder; the same command continues it", auto="runs/RECIPE-SIZE", group="run")
     every: int | None = key(None, "steps between checkpoints", unit="steps", auto="a tenth of the run, at most 50", above=0)
@@ -161,7 +167,7 @@ def resolve(name: str, family: str, given: dict[str, Any], *, cuda: bool) -> dic
         raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
     given = {k: v for k, v in given.items() if v is not None}
     keys = {**{n: f.default for n, f in schema.items()}, **given}
-    keys["device"] = keys["device"] or ("gpu" if cuda else "cpu")
+    device.settle(keys, schema, cuda)
     on_cpu = keys["device"] == "cpu"
     keys["size"] = keys["size"] or ("smoke" if on_cpu and not keys["model"] else models.FAMILIES[family].default_size)
     models.size(family, keys["size"])
@@ -196,9 +202,7 @@ def resolve(name: str, family: str, given: dict[str, Any], *, cuda: bool) -> dic
     elif name := next((name for name, default in FAULTS.items() if keys[name] != default), None):
         raise UserError(f"{name}={keys[name]}: NeMo-RL decides itself what follows a fault; it is for engine=embedded")
     elif on_cpu:
-        raise UserError(
-            "engine=nemo_rl: it needs GPUs; device=gpu gpu_memory=80 plan=true plans for them, engine=embedded trains here"
-        )
+        raise UserError("engine=nemo_rl: it needs GPUs; gpu=h100 plan=true plans for them, engine=embedded trains here")
     return keys
 
 

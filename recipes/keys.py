@@ -125,6 +125,10 @@ class TrainKeys:
     seed: int = key(1234, "seed of the data order, initialisation and dropout", path="data.seed", above=0)
     precision: str | None = key(None, "arithmetic", choices=("bf16", "fp16", "fp32", "fp8"), auto="bf16 on a GPU, fp32 on a CPU")
     fp8_recipe: str = key("delayed", "scaling of precision=fp8", choices=("delayed", "tensorwise", "blockwise"))
+    output_layer: str = key(
+        "separate", "output layer and loss on a GPU: one after the other as upstream has them, fused, or so with FP8 gradients",
+        choices=("separate", "fused", "fp8"),
+    )  # fmt: skip
 
     lr: float = key(2e-5, "peak learning rate", path="optim.config.lr", group="optimizer", above=0)
     min_lr: float | None = key(None, "learning rate at the end", path="optim.lr_scheduler.min_lr", auto="a tenth of lr", least=0)
@@ -226,6 +230,10 @@ class TrainKeys:
                                       path="trainer.strategy.ddp.use_distributed_optimizer")  # fmt: skip
     overlap: bool = key(True, "overlap gradient and parameter communication with computation",
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
+    attention: str = key("transformer_engine", "kernels of attention on a GPU; flash4 needs the package flash-attn-4 and Hopper",
+                         choices=("transformer_engine", "flash4"))  # fmt: skip
+    rotary: str = key("separate", "queries, keys and values on a GPU: split, then rotated, or both in one kernel where it holds",
+                      choices=("separate", "joint"))  # fmt: skip
     cuda_graphs: bool = key(False, "start a step's kernels as one CUDA graph, which saves the host's time", only=TEXT)
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
     gpu: str | None = key(

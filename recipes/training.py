@@ -22,8 +22,11 @@ from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
+from nemo_ext.callbacks.flash_attention import UseFlashAttention
+from nemo_ext.callbacks.fused_output import FusedOutput
 from nemo_ext.callbacks.graphs import StepGraph
 from nemo_ext.callbacks.guard import LossGuard
+from nemo_ext.callbacks.joint_rotary import JointRotary
 from nemo_ext.callbacks.loss import LossWithoutWaiting
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.profile import Profile
@@ -173,6 +176,9 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
             stop_on_nan=keys["on_nan"] == "stop",
         ),
         run.Config(LossWithoutWaiting),
+        *([run.Config(FusedOutput, fp8=keys["output_layer"] == "fp8")] if keys["output_layer"] != "separate" else []),
+        *([run.Config(UseFlashAttention)] if keys["attention"] == "flash4" else []),
+        *([run.Config(JointRotary)] if keys["rotary"] == "joint" else []),
         *_graphs(keys),
         *_guards(keys),
         *_rank_allocation(keys, architecture, adapter),
@@ -224,8 +230,6 @@ def _graphs(keys: dict[str, Any]) -> list[run.Config]:
     """Raises UserError where a step cannot be captured."""
     if not keys["cuda_graphs"]:
         return []
-    if keys["device"] == "cpu":
-        raise UserError("cuda_graphs=true is for GPUs")
     if keys["recompute"] != "none":
         raise UserError(f"cuda_graphs=true: nothing can be recomputed in a graph, and recompute={keys['recompute']}")
     return [run.Config(StepGraph)]

@@ -150,10 +150,7 @@ def require_memory(weights: float, what: str, processes: int = 1) -> None:
     if hardware.has_cuda():
         free, needed = torch.cuda.mem_get_info()[0], weights / processes + SPARE
     else:
-        import psutil
-
-        used = psutil.Process().memory_info().rss
-        free, needed = min(psutil.virtual_memory().available, hardware.usable_memory() - used), weights + SPARE * processes
+        free, needed = hardware.free_memory(), weights + SPARE * processes
     if needed > free:
         raise UserError(
             f"running {what} needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "

@@ -41,7 +41,7 @@ RECORD, COMMAND = "submission.json", "command.yaml"  # what was submitted, and t
 def submit(command: Command) -> int:
     """Submit the run that a command describes. Returns the exit code."""
     if command.plan:
-        raise UserError("plan=true plans here and submits nothing: give it without executor=, with gpu_memory= in GiB")
+        raise UserError("plan=true plans here and submits nothing: give it without executor=, with gpu= or gpu_memory=")
     run = describe(command, keys.build(command.executor_keys))
     if command.dryrun:
         print(kubernetes.text(manifest.objects(run)), end="")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ext.command_line import check_choice, key, keys_of, nearest, read_config, texts, typed
+from nemo_ext.command_line import check_choice, check_value, key, keys_of, nearest, read_config, texts, typed
 from nemo_ext.errors import UserError
+from recipes import keys as recipe_keys
 
-MACHINE = ("gpus", "gpu_memory")  # keys of recipes that a site's profile may set: what its machines are
+MACHINE = ("gpus", "gpu", "gpu_memory")  # keys of recipes that a site's profile may set: what its machines are
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?)|(?P<plain>\d+(?::\d+){0,2})")
 ENDLESS = ("UNLIMITED", "INFINITE")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -91,7 +92,9 @@ def _site(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     fields, keys, machine = keys_of(SlurmKeys), {}, {}
     for path, value in read_config(file).items():
         if path in MACHINE:
-            machine[path] = value
+            field = recipe_keys.fields()[path]
+            machine[path] = typed(path, value, field)
+            check_value(path, machine[path], field)
         elif path.startswith("env."):
             keys.setdefault("env", {})[path.removeprefix("env.")] = str(value).lower() if isinstance(value, bool) else str(value)
         elif path in fields and path != "site":

@@ -41,7 +41,7 @@ def submit(command: Command) -> int:
     first = points[0]
     if command.plan:
         if not first.lines:
-            raise UserError("planning for a cluster's GPUs: give gpu_memory= in GiB (80 for an H100), or let site= say it")
+            raise UserError("planning for a cluster's GPUs: give gpu= (such as h100) or gpu_memory= in GiB, or let site= say it")
         print("\n".join(first.lines))
         return 0
     own = dataclasses.replace(own, name=own.name or _name(_home(command, points)), container=_image(own.container))

@@ -20,13 +20,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
 
 from nemo_ext.errors import RunError
-from nemo_ext.platform.hardware import has_cuda
+from nemo_ext.platform.hardware import free_memory, has_cuda
 
 LOCKED_AT_ONCE = 256 << 20  # bytes: CUDA's other calls wait meanwhile
 ALIGNMENT = 256  # of a tensor in host memory
@@ -41,9 +40,9 @@ class Memory:
     def __init__(self, size: int):
         piece = LOCKED_AT_ONCE if has_cuda() else mmap.PAGESIZE
         size = max(1, math.ceil(size / piece)) * piece
-        if (free := psutil.virtual_memory().available) < size:
+        if (free := free_memory()) < size:
             raise RunError(f"a checkpoint passes through host memory: this process needs {size / GIB:.1f} GiB for its part, and "
-                           f"{free / GIB:.1f} are free on its node")  # fmt: skip
+                           f"{free / GIB:.1f} are free on its node, or left of what its job or container may have")  # fmt: skip
         self.bytes = mmap.mmap(-1, size)
         self._locked: list[int] = []
         if has_cuda():

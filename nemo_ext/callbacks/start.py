@@ -23,6 +23,7 @@ class StartTimes(Callback):
         self._evaluation = 0.0
 
     def on_validation_start(self, trainer, pl_module) -> None:
+        self._say()  # an evaluation after the first step is no part of it
         self._mark = time.monotonic()
 
     def on_validation_end(self, trainer, pl_module) -> None:
@@ -32,6 +33,10 @@ class StartTimes(Callback):
         self._ready = time.monotonic()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._say()
+
+    def _say(self) -> None:
+        """Once, after the first step."""
         if self._ready is None:
             return
         parts = {
@@ -42,4 +47,4 @@ class StartTimes(Callback):
         }
         said = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
         print(f"first step after {sum(parts.values()):.1f} s: {said}", flush=True)
-        self._ready = None  # said once
+        self._ready = None

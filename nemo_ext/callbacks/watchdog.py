@@ -34,7 +34,7 @@ class Watchdog(Callback):
     process that has waited too long leaves a sign in the folder, at which all others write their stacks too and say where they
     are; then each ends, and the first one writes into status.json who did not arrive (see `late`). A process that holds Python's
     lock cannot run that thread: `faulthandler`'s own, which needs no lock, writes its stack, and where nvidia-resiliency-ext is
-    installed, `rank_monitor` ends it after `SLOW` times `timeout`: nobody else does if it is the only one, or if all do so.
+    installed, `rank_monitor` ends it soon after `SLOW` times `timeout`: nobody else does if it is the only one, or if all do so.
 
     `timeout` 0 is never. A trainer that is not Lightning's calls `start`, `come` and `end`.
     """
@@ -104,8 +104,9 @@ class Watchdog(Callback):
         if self.rank == 0:
             self._file(HUNG).unlink(missing_ok=True)
         self._stacks = open(self._file(f"rank{self.rank}.stacks"), "a")
-        self._monitor = rank_monitor.start(rank, SLOW * self.timeout, self.every)
+        self._monitor = rank_monitor.start(rank, SLOW * self.timeout + 4 * self.every, self.every)
         self.come("loading", slow=True)
+        self._write_later(self._allowed)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -144,7 +145,11 @@ class Watchdog(Callback):
             left = self._allowed - (looked - self._since)
             if left <= 0 or self._training and self._file(HUNG).exists():
                 return self._bark()
-            faulthandler.dump_traceback_later(left + 2 * self.every, file=self._stacks)
+            self._write_later(left)
+
+    def _write_later(self, left: float) -> None:
+        """Have the stack written in `left` seconds, or before the monitor ends a process whose thread does not look any more."""
+        faulthandler.dump_traceback_later(min(left, SLOW * self.timeout) + 2 * self.every, file=self._stacks)
 
     def _beat(self) -> None:
         """Let the monitor know that this process runs Python; one that does not answer is given up."""

@@ -53,6 +53,14 @@ def _install_gpu() -> None:
     _skip_managed_memory_build()
     versions.bridge()
     gpu_megatron.let_loss_run_on()
+    gpu_megatron.bring_swiglu_gradient()
+    from nemo_ext.platform import embedding_gradient
+
+    embedding_gradient.install()
+    if importlib.util.find_spec("transformer_engine") is not None:
+        from nemo_ext.platform import fused_mlp
+
+        fused_mlp.install()
     result_queue.install()
     optimizer_shards.install()
 

@@ -1,4 +1,4 @@
-"""Two things that Megatron-Core would do faster on a GPU if it were told to; neither changes what is computed.
+"""Three things that Megatron-Core would do faster on a GPU if it were told to; none changes what is computed.
 
 - A micro batch's weight gradients are added to the fp32 buffer by the product itself, neither written nor read again in bf16.
   Transformer Engine's linears do that when `gradient_accumulation_fusion` is on, but Megatron and NeMo turn it on only where they
@@ -6,6 +6,7 @@
   that name they find Transformer Engine's product here.
 - Transformer Engine's cross entropy looks whether its gradient is the number 1, for which it copies a 1 to the GPU and waits for
   everything before it. It is a tensor of the tokens' weights here, and Megatron says only in a graph that it need not look.
+- SwiGLU's gradient in bf16 is a kernel that torch.compile makes: 2.2 to 2.4 TB/s on an H100. Transformer Engine's makes 3.0.
 """
 
 from __future__ import annotations
@@ -59,3 +60,18 @@ def let_loss_run_on() -> None:
         return upstream(logits, labels, tp_group, True)
 
     language_module.te_parallel_cross_entropy = te_parallel_cross_entropy
+
+
+def bring_swiglu_gradient() -> None:
+    """Let Megatron's SwiGLU take Transformer Engine's kernel for its gradient, where there is one."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    import transformer_engine.pytorch  # noqa: F401  loads the next
+    import transformer_engine_torch
+    from megatron.core.fusions.fused_bias_swiglu import SwiGLUFunction
+
+    def backward(ctx, gradient):
+        (gate_up,) = ctx.saved_tensors
+        return transformer_engine_torch.dswiglu(gradient, gate_up.to(ctx.ori_input_dtype), None), None, None
+
+    SwiGLUFunction.backward = staticmethod(backward)

@@ -95,15 +95,37 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def usable_memory(root: Path = Path("/")) -> int:
     """Bytes of memory this process can have: the machine's, or less where a cgroup above it says so."""
-    limits = [
-        int(line.split()[1]) * 1024 for line in (_read(root / "proc/meminfo") or "").splitlines() if line.startswith("MemTotal:")
-    ]
+    return min([*_meminfo(root, "MemTotal"), *_memory_limits(root).values()], default=0)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory this process can still take: what the kernel calls available, or less where a cgroup above it has less
+    left of its limit. Pages of files count as free: the kernel drops them for others.
+    """
+    left = _meminfo(root, "MemAvailable")
+    for folder, limit in _memory_limits(root).items():
+        used = int(_read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes") or 0)  # v2, v1
+        stat = dict(line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
+        files = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))
+        left.append(max(0, limit - max(0, used - files)))
+    return min(left, default=0)
+
+
+def _meminfo(root: Path, name: str) -> list[int]:
+    """A figure of /proc/meminfo in bytes; none where there is none."""
+    lines = (_read(root / "proc/meminfo") or "").splitlines()
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
+
+
+def _memory_limits(root: Path) -> dict[Path, int]:
+    """Bytes that the cgroups above this process may have together, of those with a limit."""
+    limits = {}
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):  # v2, v1
             limit = _read(folder / name)
             if limit not in (None, "max") and int(limit) < UNLIMITED_MEMORY:
-                limits.append(int(limit))
-    return min(limits, default=0)
+                limits[folder] = int(limit)
+    return limits
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:

@@ -188,12 +188,9 @@ def test_two_folders_of_one_format(converted, tmp_path):
 
 
 def test_too_little_memory_is_said_before_loading(converted, monkeypatch):
-    import psutil
+    from nemo_ext.platform import hardware
 
-    class Memory:
-        available = 10_000_000
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(hardware, "free_memory", lambda: 10_000_000)
     with pytest.raises(UserError, match=r"in float32 needs about 1\.\d GB of memory and 0\.0 GB are free: verify=false"):
         verify.check(*converted("llama"))
 

@@ -75,6 +75,32 @@ def test_a_pipeline_idles_for_a_chunk():
     assert seconds(Layout(1, 2, None, 1, 1, False, 1, 16, "none"), constants=slow) == pytest.approx(17 * 16 + messages + update)
 
 
+def test_tied_embeddings_are_summed_over_a_pipeline_s_ends():
+    pipeline = Layout(1, 2, None, 1, 1, False, 1, 8, "none")
+    link = cost.MESSAGES * 4.5e11
+    assert cost.reduction_seconds(LLAMA_1B, request(2), pipeline, PEAK) == pytest.approx(4 * 128256 * 2048 / link)
+    assert cost.reduction_seconds(LLAMA_8B, request(2), pipeline, PEAK) == 0
+    assert cost.reduction_seconds(LLAMA_1B, request(2, trainable=0.01), pipeline, PEAK) == 0
+
+
+def test_replicas_on_several_nodes_use_all_adapters_of_a_node():
+    """A ring of NCCL's leaves a node through each adapter; what lies within a node, as the replicas of a stage may, uses none."""
+    moved = 8_030_261_248 * 6  # fp32 gradients, bf16 weights
+    inside, outside = cost.MESSAGES * 4.5e11, cost.MESSAGES * 5e10
+    for layout, nodes, expected in (
+        (Layout(1, 1, None, 1, 32, False, 1, 1, "none"), 4, moved * 31 / 32 / min(inside, 8 * outside)),
+        (Layout(8, 1, None, 1, 4, True, 1, 1, "none"), 4, moved / 8 * 3 / 4 / outside),
+        (Layout(1, 1, None, 1, 8, False, 1, 1, "none"), 1, moved * 7 / 8 / inside),
+    ):
+        asked = dataclasses.replace(request(8), nodes=nodes)
+        assert cost.reduction_seconds(LLAMA_8B, asked, layout, PEAK) == pytest.approx(expected, rel=1e-3)
+    alone = dataclasses.replace(request(8), distributed_optimizer=False)  # gradients are summed everywhere: there and back
+    assert cost.reduction_seconds(LLAMA_8B, alone, layout, PEAK) == pytest.approx(moved * 8 / 6 * 7 / 8 / inside, rel=1e-3)
+    pipeline = Layout(1, 2, None, 1, 8, False, 1, 4, "none")
+    two, one = (dataclasses.replace(request(gpus), nodes=nodes) for gpus, nodes in ((8, 2), (16, 1)))
+    assert cost.reduction_seconds(LLAMA_8B, two, pipeline) == cost.reduction_seconds(LLAMA_8B, one, pipeline)
+
+
 def test_kinds_of_gpu():
     assert seconds(ONE, LLAMA_1B, gpu="a100") > 2 * seconds(ONE, LLAMA_1B, gpu="h100") > 2 * seconds(ONE, LLAMA_1B, gpu="h200")
     tensor, pipeline = Layout(2, 1, None, 1, 1, True, 1, 8, "none"), Layout(1, 2, None, 1, 1, False, 1, 8, "none")

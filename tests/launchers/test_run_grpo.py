@@ -151,11 +151,14 @@ def test_the_plan_shows_policy_reference_and_generation(keys, capsys):
     assert run.main([*keys, "plan=true", "device=gpu", "gpu_memory=80", "engine=embedded"]) == 0
     lines = capsys.readouterr().out
     assert all(f"\n{name}" in lines for name in ("policy", "reference", "generation", "together"))
-    assert (
-        run.main(["recipe=grpo_llama3", "size=8b", "device=gpu", "gpus=8", "gpu_memory=80", "plan=true", "engine=nemo_rl"]) == 0
-    )
+    assert run.main(["recipe=grpo_llama3", "size=8b", "gpu=h100", "gpus=8", "plan=true", "engine=nemo_rl"]) == 0
     lines = capsys.readouterr().out
-    assert all(name in lines for name in ("the policy", "the reference", "generation", "TP"))
+    assert all(name in lines for name in ("the policy", "the reference", "generation", "TP", "8 H100, 79.1 GiB each"))
+    assert "expected" not in lines  # nothing of NeMo-RL was measured
+    assert run.main(["recipe=grpo_llama3", "gpu=a100", "gpus=8", "plan=true", "engine=nemo_rl", "precision=fp8"]) == 2
+    assert capsys.readouterr().err == "error: precision=fp8: A100 has no FP8: precision=bf16\n"
+    assert run.main(["recipe=grpo_llama3", "gpu=l40", "gpus=8", "plan=true", "engine=nemo_rl", "precision=fp8"]) == 2
+    assert capsys.readouterr().err == "error: precision=fp8: L40 has no scales of blocks: precision=bf16\n"
 
 
 def test_recipes_load_as_objects_of_nemo_run():

@@ -52,3 +52,13 @@ def test_a_run_that_ends_before_its_first_step_saves_nothing(tmp_path):
     trainer.global_step = 8
     callback.setup(trainer, None, "fit")
     callback.on_train_end(trainer, None)  # nor one that has only gone on
+
+
+def test_no_copy_without_host_memory(monkeypatch):
+    """Also where it is a job's or container's that is missing: `hardware.free_memory`."""
+    from nemo_ext.callbacks import staging
+
+    monkeypatch.setattr(staging, "free_memory", lambda: 3 << 30)
+    assert len(staging.Memory(1 << 20).bytes) == 1 << 20
+    with pytest.raises(RunError, match="needs 4.0 GiB for its part, and 3.0 are free on its node, or left of what its job"):
+        staging.Memory(4 << 30)

@@ -25,6 +25,8 @@ def test_known_by_name(name, capability, kind):
         ("NVIDIA H100 PCIe", (9, 0), 80, "h100", "pcie"),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 10, "h100", "nvlink"),
         ("NVIDIA H800", (9, 0), 80, "h100", "nvlink"),
+        ("NVIDIA H100 NVL", (9, 0), 94, "h100", "pcie"),
+        ("NVIDIA H200 NVL", (9, 0), 140, "h200", "pcie"),
         ("NVIDIA B200", (10, 0), 180, "h200", "nvlink"),
         ("NVIDIA L40S", (8, 9), 44, "l40", "pcie"),
         ("NVIDIA GeForce RTX 4090", (8, 9), 24, "l40", "pcie"),

@@ -20,7 +20,7 @@ def root(tmp_path, monkeypatch):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text + "\n")
 
-    write("proc/meminfo", f"MemTotal:       {64 * 1024**2} kB\nMemFree: 1 kB")
+    write("proc/meminfo", f"MemTotal:       {64 * 1024**2} kB\nMemFree: 1 kB\nMemAvailable: {40 * 1024**2} kB")
     tmp_path.joinpath("sys/fs/cgroup").mkdir(parents=True)
     return tmp_path, write
 
@@ -28,7 +28,7 @@ def root(tmp_path, monkeypatch):
 def test_no_cgroup(root):
     path, _ = root
     assert hardware.usable_cores(path) == 16
-    assert hardware.usable_memory(path) == 64 * GIB
+    assert hardware.usable_memory(path) == 64 * GIB and hardware.free_memory(path) == 40 * GIB
 
 
 def test_version_2_takes_the_tightest_ancestor(root):
@@ -39,7 +39,16 @@ def test_version_2_takes_the_tightest_ancestor(root):
     write("sys/fs/cgroup/user/job/memory.max", str(8 * GIB))
     write("sys/fs/cgroup/user/memory.max", "max")
     assert hardware.usable_cores(path) == 4
-    assert hardware.usable_memory(path) == 8 * GIB
+    assert hardware.usable_memory(path) == hardware.free_memory(path) == 8 * GIB
+    write("sys/fs/cgroup/user/job/memory.current", str(7 * GIB))
+    assert hardware.free_memory(path) == GIB
+    write("sys/fs/cgroup/user/job/memory.stat", f"anon {5 * GIB}\nfile {2 * GIB}\ninactive_file {GIB}\nactive_file {GIB // 2}")
+    assert hardware.free_memory(path) == 2.5 * GIB  # without the pages of files
+    write("sys/fs/cgroup/user/memory.max", str(10 * GIB))
+    write("sys/fs/cgroup/user/memory.current", str(9 * GIB))  # other jobs of the user's
+    assert hardware.free_memory(path) == GIB
+    write("sys/fs/cgroup/user/memory.current", str(11 * GIB))
+    assert hardware.free_memory(path) == 0
 
 
 def test_version_2_in_a_container_whose_host_path_is_not_mounted(root):
@@ -62,12 +71,18 @@ def test_version_1(root):
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**63 - 4096))  # nobody set it
     assert hardware.usable_cores(path) == 2
     assert hardware.usable_memory(path) == 4 * GIB
+    write("sys/fs/cgroup/memory/job/memory.usage_in_bytes", str(3 * GIB))
+    write("sys/fs/cgroup/memory/job/memory.stat", f"inactive_file 1\ntotal_inactive_file {GIB}\ntotal_active_file 0")
+    assert hardware.free_memory(path) == 2 * GIB  # with what the cgroups below hold
+    write("proc/meminfo", f"MemAvailable: {1024**2} kB")
+    assert hardware.free_memory(path) == GIB
 
 
 def test_this_machine():
     machine = hardware.detect()
     assert 1 <= machine.cpu_count <= os.cpu_count()
     assert 0 < machine.memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < hardware.free_memory() <= machine.memory_bytes
     assert machine.cuda == hardware.has_cuda() == bool(machine.gpus)
 
 

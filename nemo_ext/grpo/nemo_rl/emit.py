@@ -26,6 +26,7 @@ LENGTH_MULTIPLE = 128  # of the longest sequence: any usual tp, and 2 x cp, divi
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "bfloat16"}
 SHARED_MEMORY = 0.6  # share of a GPU's memory that vLLM takes where it takes turns with the policy, as in NeMo-RL's examples
 OWN_MEMORY = 0.9  # and where it has the GPU to itself
+FP8_RECIPE = "blockwise"  # scaling of precision=fp8, as in NeMo-RL's examples
 # Parts of the example for what is not used here: other backends, other loggers, other ways of training.
 UNUSED = ("data", "env", "reward_penalties", "logger.swanlab", "logger.mlflow", "policy.generation.mcore_generation_config",
           "policy.generation.refit_cfg", "policy.megatron_cfg.converter_type")  # fmt: skip
@@ -221,7 +222,7 @@ def _policy(keys: Mapping[str, Any], architecture: Architecture, paths: Paths, l
         "policy.megatron_cfg.sequence_parallel": keys["tp"] > 1,
         "policy.megatron_cfg.pipeline_dtype": DTYPES[keys["precision"]],
         "policy.megatron_cfg.activation_checkpointing": keys["recompute"],
-        "policy.megatron_cfg.fp8_cfg": {"enabled": fp8, "fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False},
+        "policy.megatron_cfg.fp8_cfg": {"enabled": fp8, "fp8": "e4m3", "fp8_recipe": FP8_RECIPE, "fp8_param": False},
         "policy.megatron_cfg.env_vars": {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"} if fp8 else None,
     }
     for name in ("sequence_packing", "dynamic_batching"):

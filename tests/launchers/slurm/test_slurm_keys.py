@@ -96,15 +96,20 @@ def test_a_site_is_what_the_command_line_goes_over(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     keys.sites_folder().mkdir(parents=True)
     (keys.sites_folder() / "moon.yaml").write_text(
-        "account: physics\npartition: h100\ntime: 12:00:00\ngpus: 8\ngpu_memory: 80\nsetup: [module load cuda]\n"
+        "account: physics\npartition: h100\ntime: 12:00:00\ngpus: 8\ngpu: h100\ngpu_memory: 80\nsetup: [module load cuda]\n"
         "env:\n  NCCL_IB_HCA: mlx5\n  NCCL_DEBUG: INFO\n"
     )
     built, machine = keys.build({"site": "moon", "partition": "short", "env": {"NCCL_DEBUG": "WARN"}})
-    assert machine == {"gpus": 8, "gpu_memory": 80}
+    assert machine == {"gpus": 8, "gpu": "h100", "gpu_memory": 80}
     assert built == dataclasses.replace(
         SlurmKeys(), site="moon", account="physics", partition="short", time="12:00:00", setup=["module load cuda"],
         env={"NCCL_IB_HCA": "mlx5", "NCCL_DEBUG": "WARN"},
     )  # fmt: skip
+    wrong = {"gpu: h1000": "gpu=h1000 is none of h100", "gpus: all": "gpus=all must be", "gpu_memory: 0": "must be above 0"}
+    for line, says in wrong.items():
+        (keys.sites_folder() / "moon.yaml").write_text(line)
+        with pytest.raises(UserError, match=says):
+            keys.build({"site": "moon"})
     (keys.sites_folder() / "moon.yaml").write_text("acount: physics\n")
     with pytest.raises(UserError, match="moon.yaml: unknown key acount, did you mean account"):
         keys.build({"site": "moon"})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers import grammar, registry
+from launchers import grammar, registry, run
 from launchers.slurm import cluster as slurm
 from launchers.slurm.submit import ROOT
 from nemo_ext import run_folder
@@ -112,13 +112,29 @@ def test_plan_uses_what_the_site_says(cluster, submit, tmp_path):
     code, out, _ = submit("plan=true", "site=moon", "nodes=2")
     assert code == 0 and "GiB a GPU" in out and not cluster.calls("sbatch")
     assert submit("plan=true", "gpus=8")[2] == (
-        "error: planning for a cluster's GPUs: give gpu_memory= in GiB (80 for an H100), or let site= say it\n"
+        "error: planning for a cluster's GPUs: give gpu= (such as h100) or gpu_memory= in GiB, or let site= say it\n"
     )
+    assert "8 GPU taken for H100, 80.0 GiB each" in out
+    (sites / "moon.yaml").write_text("gpus: 8\ngpu: l40\ngpu_memory: 40\n")
+    assert "8 L40, 40.0 GiB each" in submit("plan=true", "site=moon")[1]
+    assert "8 H200, 139.8 GiB each" in submit("plan=true", "site=moon", "gpu=h200")[1]  # not the site's memory
+    assert submit(*CPU, "site=moon", "out=a")[0] == 0  # on its cores the site's GPUs mean nothing
+    assert "gpu" not in yaml.safe_load((tmp_path / "a" / "slurm" / "settings.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("engine", "more", "says"), [("embedded", "gpus=1", "one device of 44.4"), ("nemo_rl", "nodes=2", "2 x 8 L40")]
+)
+def test_grpo_is_planned_for_what_the_site_says(engine, more, says, cluster, capsys, tmp_path):
+    sites = tmp_path / "config" / "llm-builder" / "sites"
+    sites.mkdir(parents=True)
+    (sites / "moon.yaml").write_text("gpus: 8\ngpu: l40\n")
+    line = f"recipe=grpo_llama3 size=1b executor=slurm site=moon plan=true engine={engine} {more}"
+    assert run.main(line.split()) == 0
+    assert says in capsys.readouterr().out
 
 
 def test_grpo_through_nemo_rl_starts_ray(cluster, capsys, tmp_path):
-    from launchers import run
-
     cluster.answer("srun", "--container-image=IMAGE\n")
     line = "recipe=grpo_llama3 size=8b engine=nemo_rl executor=slurm partition=h100 nodes=2 gpus=8 out=rl time=2:00:00".split()
     assert run.main([*line, "model=hf:nowhere"]) == 2
@@ -138,8 +154,6 @@ def test_grpo_through_nemo_rl_starts_ray(cluster, capsys, tmp_path):
 
 
 def test_grpo_of_the_embedded_engine_is_one_process(cluster, capsys, tmp_path):
-    from launchers import run
-
     assert run.main("recipe=grpo_llama3 executor=slurm device=cpu out=rl".split()) == 0
     script = (tmp_path / "rl" / "slurm" / "job.sbatch").read_text()
     assert "#SBATCH --ntasks-per-node=1\n" in script and "launchers.worker" in script

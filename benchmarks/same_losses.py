@@ -1,0 +1,86 @@
+"""Losses of our recipe beside those of the stock NeMo 2 recipe: the same weights, tokens, precision and optimizer, step by step.
+
+    python benchmarks/same_losses.py size=1b precision=bf16 gpus=1 tokenizer=FOLDER out=benchmarks/results/same_losses.json
+    python benchmarks/same_losses.py size=1b precision=fp8 gpus=1 cuda_graphs=true tokenizer=FOLDER out=RESULTS.json
+
+Ours runs through the launcher (`steps=` 50); stock then takes that run's shape, data and optimizer and draws the weights from the
+same seed, so that the first losses agree to rounding. Everything else is each one's own: kernels, fusions, overlap, precision.
+`size=smoke seq=128 global_batch=2` runs on a CPU; `precision=fp32` shows there what is not rounding. Written: both rows of
+losses, the largest and the mean difference as a share of stock's loss. Other keys go to our recipe.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import machine  # noqa: E402
+from nemo_ext import run_folder  # noqa: E402
+
+RECIPES = {"1b": "llama32_1b", "8b": "llama31_8b", "smoke": "llama32_1b"}  # NeMo's, whose sizes ours replace
+KEYS = {"size": "1b", "steps": "50", "gpus": "1", "tp": "1", "pp": "1", "seq": "8192", "micro_batch": "1", "global_batch": "8",
+        "precision": "bf16", "lr": "1e-4"}  # fmt: skip
+
+
+def ours(keys: dict[str, str], folder: Path) -> list[float]:
+    """Losses of every step of `pretrain_llama3`."""
+    given = [f"{key}={value}" for key, value in keys.items()]
+    command = [sys.executable, str(ROOT / "launchers/run.py"), "recipe=pretrain_llama3", *given, "keep=0", "val_batches=0",
+               "tensorboard=false", f"out={folder}"]  # fmt: skip
+    _run(command)
+    return [record["loss"] for record in run_folder.read_records(folder)[0] if "loss" in record]
+
+
+def stock(folder: Path, out: Path) -> list[float]:
+    """Losses of NeMo's recipe at what the run in `folder` trained on."""
+    job = run_folder.read_json(folder / "job.json")
+    names = "seq global_batch micro_batch tp pp precision steps".split()
+    shape = {name: job["keys"][name] for name in names}
+    if (job["keys"]["vp"] or 1) > 1:
+        shape["vp"] = job["keys"]["vp"]
+    shape |= {"recipe": RECIPES[job["keys"]["size"]], "tokenizer": job["tokenizer"], "run": str(folder),
+              "vocab": job["architecture"]["vocab_size"]}  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    _run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['keys']['gpus']}",
+          str(ROOT / "benchmarks/stock_nemo.py"), json.dumps(shape), str(out)], PYTHONPATH=path)  # fmt: skip
+    return json.loads(out.read_text())["losses"]
+
+
+def _run(command: list[str], **environment: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+def main(arguments: list[str]) -> None:
+    given = dict(argument.split("=", 1) for argument in arguments)
+    out = Path(given.pop("out"))
+    keys = {**KEYS, **given}
+    with tempfile.TemporaryDirectory() as folder:
+        mine = ours(keys, Path(folder) / "run")
+        theirs = stock(Path(folder) / "run", Path(folder) / "stock.json")
+    assert len(mine) == len(theirs) == int(keys["steps"])
+    shares = [abs(a - b) / b for a, b in zip(mine, theirs, strict=True)]
+    row = {"keys": {name: value for name, value in keys.items() if name != "tokenizer"}, "ours": mine, "stock": theirs,
+           "first": shares[0], "largest": max(shares), "mean": sum(shares) / len(shares),
+           "date": datetime.date.today().isoformat(), "gpu": machine.device(), "versions": machine.versions()}  # fmt: skip
+    name = " ".join([keys["size"], keys["precision"], *(f"{key}={value}" for key, value in given.items() if key not in KEYS
+                                                        and key != "tokenizer")])  # fmt: skip
+    held = json.loads(out.read_text()) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**held, machine.on(name): row}, indent=1) + "\n")
+    print(
+        name, json.dumps({key: row[key] for key in ("first", "largest", "mean")}), f"{mine[0]:.4f} -> {mine[-1]:.4f}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
