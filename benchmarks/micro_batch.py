@@ -10,7 +10,7 @@ cp= (the GPUs left over are data parallel); micro=N rows at once; a field of NeM
 of its optimizer's as NAME=VALUE; `graphs=layers` (Megatron's CUDA graphs of single layers) or `graphs=iteration` (one of all
 micro batches of a step); `collect=false` (no garbage collection); `unfused-gradients` (weight gradients are added by kernels of
 their own); `waiting-loss` (the loss waits for the GPU); `separate-casts` (FP8: SwiGLU in bf16, cast afterwards);
-`joint-rotary` (queries, keys and values split and rotated in one kernel); `fused-output` (the output layer and the loss in one);
+`separate-rotary` (queries, keys and values split, then rotated); `fused-output` (the output layer and the loss in one);
 `fp8-output` (the same, with FP8 gradients); `flash4` (attention by FlashAttention-4).
 
 Random weights and tokens, the same for all variants of a layout. A step is `count=` (8) micro batches of one row and, with
@@ -63,7 +63,7 @@ class Variant:
     collect: bool = True
     waiting: bool = False
     separate_casts: bool = False
-    joint_rotary: bool = False
+    separate_rotary: bool = False
     output: str = "separate"
     flash: bool = False
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -75,7 +75,7 @@ class Variant:
         found = cls(precision)
         found.waiting = bool(pairs.pop("waiting-loss", ""))
         found.separate_casts = bool(pairs.pop("separate-casts", ""))
-        found.joint_rotary = bool(pairs.pop("joint-rotary", ""))
+        found.separate_rotary = bool(pairs.pop("separate-rotary", ""))
         found.output = next((each for each in ("fused", "fp8") if pairs.pop(f"{each}-output", "")), "separate")
         found.flash = bool(pairs.pop("flash4", ""))
         if pairs.pop("unfused-gradients", ""):
@@ -162,8 +162,8 @@ def build(shape, seq: int, variant: Variant, optimizing: bool):
         language_module.te_parallel_cross_entropy = language_module.te_parallel_cross_entropy.__wrapped__
     if variant.separate_casts:
         MLP.forward = MLP.forward.__wrapped__
-    if variant.joint_rotary:
-        rotary.install()
+    if variant.separate_rotary:
+        rotary.remove()
 
     class Tokenizer:
         vocab_size = shape.padded_vocab_size
@@ -348,7 +348,7 @@ def forget() -> None:
 
     gpu_megatron.let_loss_run_on()
     fused_mlp.install()
-    rotary.remove()
+    rotary.install()
     gc.enable()
     torch.cuda.set_stream(torch.cuda.default_stream())  # layers' graphs choose another
     for kept in (FullCudaGraphWrapper.cuda_graph, FullCudaGraphWrapper.result):

@@ -232,8 +232,6 @@ class TrainKeys:
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
     attention: str = key("transformer_engine", "kernels of attention on a GPU; flash4 needs the package flash-attn-4 and Hopper",
                          choices=("transformer_engine", "flash4"))  # fmt: skip
-    rotary: str = key("separate", "queries, keys and values on a GPU: split, then rotated, or both in one kernel where it holds",
-                      choices=("separate", "joint"))  # fmt: skip
     cuda_graphs: bool = key(False, "start a step's kernels as one CUDA graph, which saves the host's time", only=TEXT)
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
     gpu: str | None = key(

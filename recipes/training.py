@@ -26,7 +26,6 @@ from nemo_ext.callbacks.flash_attention import UseFlashAttention
 from nemo_ext.callbacks.fused_output import FusedOutput
 from nemo_ext.callbacks.graphs import StepGraph
 from nemo_ext.callbacks.guard import LossGuard
-from nemo_ext.callbacks.joint_rotary import JointRotary
 from nemo_ext.callbacks.loss import LossWithoutWaiting
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.profile import Profile
@@ -178,7 +177,6 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         run.Config(LossWithoutWaiting),
         *([run.Config(FusedOutput, fp8=keys["output_layer"] == "fp8")] if keys["output_layer"] != "separate" else []),
         *([run.Config(UseFlashAttention)] if keys["attention"] == "flash4" else []),
-        *([run.Config(JointRotary)] if keys["rotary"] == "joint" else []),
         *_graphs(keys),
         *_guards(keys),
         *_rank_allocation(keys, architecture, adapter),

@@ -1,4 +1,4 @@
-"""The platform is found, not asked: with CUDA this package changes no computation (`gpu_megatron` makes two of them faster);
+"""The platform is found, not asked: with CUDA this package changes no computation (some are made faster);
 without it, the same NeMo and Megatron code runs on CPU tensors and gloo.
 
 `activate()` is called once in a process, before anything of NeMo or Megatron is imported. It is the only place that knows
@@ -58,9 +58,10 @@ def _install_gpu() -> None:
 
     embedding_gradient.install()
     if importlib.util.find_spec("transformer_engine") is not None:
-        from nemo_ext.platform import fused_mlp
+        from nemo_ext.platform import fused_mlp, rotary
 
         fused_mlp.install()
+        rotary.install()
     result_queue.install()
     optimizer_shards.install()
 

@@ -94,6 +94,8 @@ def install() -> None:
 
 
 def _forward(mlp: MLP, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+    if not torch.cuda.is_current_stream_capturing():
+        swiglu_fp8.check()
     first, second = mlp.linear_fc1, mlp.linear_fc2
     gate_up, _ = first(hidden)
     learns = torch.is_grad_enabled()

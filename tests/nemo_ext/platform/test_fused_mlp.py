@@ -208,12 +208,13 @@ def test_evaluation_and_what_is_kept(built, monkeypatch):
         alone = mlp(inputs)[0]
     assert len(seen) == 6
     kept = []
-    for way in (MLP.forward, MLP.forward.__wrapped__):
+    # the same scales and then, after an update of them, others: two roundings to 4 bits, of SwiGLU's values and of its input
+    for way, most in ((MLP.forward, 0.0), (MLP.forward.__wrapped__, 0.1)):
         monkeypatch.setattr(MLP, "forward", way)
         held = torch.cuda.memory_allocated()
         with get_fp8_context(config):
             out = mlp(inputs)[0]
         kept.append(torch.cuda.memory_allocated() - held)
-        assert (out - alone).norm() < 0.02 * alone.norm()
+        assert (out - alone).norm() <= most * alone.norm()
         del out
     assert abs(kept[0] - kept[1]) < 2048 * 512 // 4  # SwiGLU's values in FP8 are 2048 x 512

@@ -265,6 +265,4 @@ def test_kernels_are_the_definitions():
     bits, rounded = (each.view(torch.uint8).int() for each in (rows, (output_layer.SCALE * wanted).float().to(torch.float8_e5m2)))
     assert (bits - rounded).abs().max() <= 1 and (bits != rounded).float().mean() < 1e-3  # where two lie equally near
     assert torch.equal(columns[:, 128:428].t().contiguous().view(torch.uint8), rows.view(torch.uint8))
-    factors = torch.rand(300, device="cuda", generator=draw)
-    assert torch.equal(output_kernels.scaled(logits, factors), (logits.float() * factors[:, None]).bfloat16())
     assert not columns[:, :128].view(torch.uint8).any() and not columns[:, 428:].view(torch.uint8).any()

@@ -31,8 +31,8 @@ def test_against_megatrons_unfused_rotation(s, b, groups, heads, dim):
     found = rotary.split(joint, angles, angles, sizes)
     (gradient,) = torch.autograd.grad(found, joint, gradients)
     for ours, theirs in zip([*found, gradient], [*wanted, expected], strict=True):
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-8, atol=1e-5)
+        assert ours.is_contiguous()  # 2**-7: a unit in the last place of bf16, to which autograd rounds the gradient too
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=1e-5)
 
 
 def test_where_it_holds():
@@ -92,8 +92,8 @@ def test_megatrons_attention_is_the_same(tmp_path, monkeypatch, packed):
         seen, inner = [], rotary.Split.apply
         monkeypatch.setattr(rotary.Split, "apply", lambda *parts: seen.append(1) or inner(*parts))
         found = []
-        for install in (rotary.remove, rotary.install):
-            install()
+        for choose in (rotary.remove, rotary.install):
+            choose()
             draw = torch.Generator("cuda").manual_seed(3)
             hidden, gradient = (torch.randn(128, 1, 256, device="cuda", generator=draw).bfloat16() for _ in range(2))
             hidden.requires_grad_()
@@ -105,6 +105,5 @@ def test_megatrons_attention_is_the_same(tmp_path, monkeypatch, packed):
         for ours, theirs in zip(*found, strict=True):
             assert (ours - theirs).norm() < 4e-3 * theirs.norm()
     finally:
-        rotary.remove()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
