@@ -2,7 +2,7 @@
 # make demo-sft   tune it on questions and answers made from that documentation
 # make demo-grpo  let it learn sums from rewards of its own answers
 # make demo-neva  give it eyes: it reads characters in fonts that it has not seen
-# make test   the tests
+# make test   the tests; make test-all: those too that take minutes each (a real SLURM, killed runs and pods)
 # All set up .venv first, once; `make setup` does only that.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(shell cat requirements/*.txt | cksum | cut -d' ' -f1)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo demo-sft demo-grpo demo-neva test lint clean
+.PHONY: setup demo demo-sft demo-grpo demo-neva test test-all lint clean
 
 setup: $(STAMP)
 
@@ -35,8 +35,13 @@ demo-grpo: setup
 demo-neva: setup
 	$(VENV)/bin/python launchers/run.py recipe=neva_llama3 gpus=2 out=runs/demo-neva
 
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 lint: setup
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check .

@@ -153,6 +153,7 @@ def figures(out: Path) -> dict[tuple[int, str], float]:
     return {(record["step"], name): record[name] for record in records for name in names if name in record}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_whatever_ends_its_job(desk, alone):
     """The time limit's warning, a job that is more urgent, a machine that loses power, a person who cancels, a process that dies,
     a job that SLURM ends: a run on two machines goes on from what was saved last, and learns what one machine learns."""
@@ -221,6 +222,7 @@ def test_a_run_goes_on_whatever_ends_its_job(desk, alone):
     assert again.returncode == 0 and f"is complete at step {STEPS}" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_is_an_array_of_jobs(desk):
     """Its two runs train at the same time, a machine each, and the last one to end compares them."""
     out, decays = desk.folder / "sweep", [0.0, 0.5]

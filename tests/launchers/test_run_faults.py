@@ -18,6 +18,8 @@ from commands import Command, at_step, figures, same, summary
 
 from nemo_ext import faults, run_folder
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY, KILLED, HUNG, HELD = 60, 20, 25, 45, 50
 HANGING = Path(__file__).with_name("hanging")  # its sitecustomize.py lets rank 1 fall asleep once, and all hold Python's lock
 

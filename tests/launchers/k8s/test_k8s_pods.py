@@ -82,12 +82,14 @@ def runs(small, tmp_path_factory, request):
     return {**results, "out": out, "whole": whole.out}
 
 
+@pytest.mark.slow
 def test_a_killed_pod_ends_the_others_start_which_is_tried_again(runs):
     (code, text), (killed, _) = runs["killed"]
     assert killed == -signal.SIGKILL and len(runs["orphans"]) == 0
     assert code == manifest.AGAIN, text
 
 
+@pytest.mark.slow
 def test_the_pods_that_replace_them_finish_the_run(runs):
     assert [code for code, _ in runs["finished"]] == [0, 0], runs["finished"]
     assert "start 2: pod 0 of 2" in runs["finished"][0][1]
