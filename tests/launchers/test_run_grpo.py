@@ -46,6 +46,7 @@ def steps_of(out: Path) -> list[dict]:
     return run_folder.read_records(out)[0]
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_like_one_that_was_left_alone(keys, tmp_path, capsys, monkeypatch):
     alone, killed = start(keys, tmp_path / "alone"), start(keys, tmp_path / "killed")
     end = time.monotonic() + 240
@@ -93,6 +94,7 @@ def test_killed_and_gone_on_with_like_one_that_was_left_alone(keys, tmp_path, ca
     assert (target / "weights").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_stands_still_ends_in_a_line_with_its_stacks(keys, tmp_path):
     """The worker falls asleep while it scores the answers of step 3: four times hang_timeout later it is over."""
     out = tmp_path / "hung"

@@ -6,12 +6,11 @@ import json
 import random
 import re
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import Command, figures, same, saved, starting
+from commands import Command, figures, same, saved
 
 from launchers import local, run, senses
 from nemo_ext import platform, run_folder
@@ -64,31 +63,26 @@ def llava(small, tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def runs(llava, tmp_path_factory) -> SimpleNamespace:
-    """One left alone and exported, and one whose launcher and workers are killed after a checkpoint and that goes on."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def killed():
-        first = Command(llava, f"out={folder / 'killed'}").when(saved(2))
-        first.process.send_signal(signal.SIGKILL)
-        first.end()
-        return Command(llava, f"out={folder / 'killed'}").end()
-
-    with ThreadPoolExecutor() as pool:
-        whole = Command(llava, f"out={folder / 'whole'}", "export=hf").when(starting)  # what both need is in the cache now
-        again = pool.submit(killed)
-        whole = whole.end()
-    return SimpleNamespace(whole=whole, again=again.result())
+def whole(llava, tmp_path_factory):
+    """What the command said that ran to its end and exported."""
+    found = Command(llava, f"out={tmp_path_factory.mktemp('runs') / 'whole'}", "export=hf").end()
+    assert found.code == 0, found.error
+    return found
 
 
-def test_a_killed_run_goes_on_exactly(runs):
-    assert (runs.whole.code, runs.again.code) == (0, 0), (runs.whole.error, runs.again.error)
-    assert "continuing" in runs.again.output
-    assert run_folder.read_json(runs.again.out / "summary.json")["resumed_from_step"] in (2, 4)
-    same(figures(runs.whole.out), figures(runs.again.out), 0.0)
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(llava, whole, tmp_path):
+    """Its launcher and workers are killed after a checkpoint."""
+    first = Command(llava, f"out={tmp_path}").when(saved(2))
+    first.process.send_signal(signal.SIGKILL)
+    first.end()
+    again = Command(llava, f"out={tmp_path}").end()
+    assert again.code == 0 and "continuing" in again.output, again.error
+    assert run_folder.read_json(again.out / "summary.json")["resumed_from_step"] in (2, 4)
+    same(figures(whole.out), figures(again.out), 0.0)
 
 
-def test_operations_of_the_tower_are_counted(runs):
+def test_operations_of_the_tower_are_counted(whole):
     """What of a step's operations is not the language model's are those of a whole number of images."""
     from nemo_ext import adapters
     from nemo_ext.architecture import Architecture
@@ -96,11 +90,11 @@ def test_operations_of_the_tower_are_counted(runs):
     from nemo_ext.multimodal.flops import trained_flops
     from nemo_ext.multimodal.freezing import Trained
 
-    job = json.loads((runs.whole.out / "job.json").read_text())
+    job = json.loads((whole.out / "job.json").read_text())
     a, sense = Architecture(**job["architecture"]), inputs.from_dict(job["senses"][0]).sense
     trained = adapters.trained(a, "lora", job["keys"])
     each = trained_flops(sense, a.hidden_size, Trained("lora", "lora"), 4)
-    for record in run_folder.read_records(runs.whole.out)[0]:
+    for record in run_folder.read_records(whole.out)[0]:
         total = record["tflops"] * record["step_time"] * 1e12
         images = (total - 4 * 64 * a.flops_per_token(64, trained)) / each
         assert abs(images - round(images)) < 1e-6 and 4 <= round(images) <= 12
@@ -125,11 +119,10 @@ def heldout_loss(model, out) -> float:
     return total / weight
 
 
-def test_the_exports_give_the_runs_losses_in_transformers(runs, llava):
+def test_the_exports_give_the_runs_losses_in_transformers(whole, llava):
     from peft import PeftModel
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    whole = runs.whole
     assert "verified: logits differ from PEFT's" in whole.output
     losses = [record["val_loss"] for record in run_folder.read_records(whole.out)[1]]
     base = LlavaForConditionalGeneration.from_pretrained(llava.base).eval()
