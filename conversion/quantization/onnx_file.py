@@ -231,8 +231,8 @@ def _names(prefix: str, layers: int) -> list[str]:
 
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """fp32 logits `[b, s, vocabulary]` that onnxruntime computes on the CPU, by ONNX's definitions, for ids `[b, s]`: half of them at
-    once, the others one after the other with the cache."""
+    """fp32 logits `[b, s, vocabulary]` that onnxruntime computes on the CPU, by ONNX's definitions, for ids `[b, s]`: half of
+    them at once, the others one after the other with the cache."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
