@@ -248,7 +248,7 @@ def test_another_one_answers(routed, fakes, mode):
     assert not (backend.ready and backend.circuit.closed)
     if mode != "refused":
         a.mode = "ok"
-        wait_until(lambda: router.answered_by(user=user) == "a", 3)
+        wait_until(lambda: router.answered_by(user=user) == "a")
         assert backend.circuit.closed
 
 
@@ -256,9 +256,9 @@ def test_a_server_that_says_it_is_not_ready(routed, fakes):
     router, a = routed(*AB), fakes[0][0]
     user = user_of("a", router.router.table)
     a.ready = False
-    wait_until(lambda: router.answered_by(user=user) == "b", 3)
+    wait_until(lambda: router.answered_by(user=user) == "b")
     a.ready = True
-    wait_until(lambda: router.answered_by(user=user) == "a", 3)
+    wait_until(lambda: router.answered_by(user=user) == "a")
     fakes[0][1].ready = a.ready = False
     wait_until(lambda: httpx.get(f"{router.url}/ready").status_code == 503, 3)
     refusal = router.ask()
