@@ -19,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(shape: dict, out: str) -> None:
     started = time.time()
-    if "run" in shape:
+    import torch
+
+    if on_cpu := not torch.cuda.is_available():  # a GPU's patches are ours, not stock
         from nemo_ext import platform
 
-        on_cpu = platform.activate()
+        platform.activate()
     import fiddle as fdl
     import nemo_run as run
-    import torch
     from lightning.pytorch.callbacks import Callback
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer

@@ -11,10 +11,13 @@ from nemo_ext.gpus import KINDS
 from nemo_ext.platform import hardware
 
 
-def check(keys: dict[str, Any], shape: Architecture) -> None:
-    """Refuse what is wrong whatever is planned: before anything is read. Raises UserError."""
-    if keys["device"] == "cpu" and keys["cuda_graphs"]:
-        raise UserError("cuda_graphs=true is for GPUs")
+def check(keys: dict[str, Any], shape: Architecture, conversations: bool) -> None:
+    """Refuse what is wrong whatever is planned: before anything is read. `conversations`: whether they are what is learnt.
+
+    Raises UserError.
+    """
+    if keys["cuda_graphs"]:
+        _graph(keys, conversations)
     _output_layer(keys, shape)
 
 
@@ -36,6 +39,16 @@ def check_attention(keys: dict[str, Any], shape: Architecture) -> None:
     }
     if found := next((reason for reason, holds in reasons.items() if holds), None):
         raise UserError(f"attention=flash4: {found}: attention=transformer_engine")
+
+
+def _graph(keys: dict[str, Any], conversations: bool) -> None:
+    """Refuse what differs between steps, which a graph repeats. Raises UserError."""
+    if keys["device"] == "cpu":
+        raise UserError("cuda_graphs=true is for GPUs")
+    if conversations and keys["pack"]:
+        raise UserError("cuda_graphs=true: packed rows begin and end elsewhere in every step: pack=false")
+    if keys["dropout"]:
+        raise UserError(f"cuda_graphs=true: every step would leave out the same, and dropout={keys['dropout']}: dropout=0")
 
 
 def _output_layer(keys: dict[str, Any], shape: Architecture) -> None:

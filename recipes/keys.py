@@ -21,6 +21,7 @@ EXPERTS = ("moe_dora",)
 QLORA = ("qlora",)
 NEVA = ("neva", "alm")  # methods that give a model eyes or ears
 CHAT = ("sft", *ADAPTER, *NEVA)  # methods that learn conversations
+GRAPHED = (*TEXT, "sft", "lora", "dora")  # methods whose steps can be captured
 
 
 @dataclass
@@ -232,7 +233,7 @@ class TrainKeys:
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
     attention: str = key("transformer_engine", "kernels of attention on a GPU; flash4 needs the package flash-attn-4 and Hopper",
                          choices=("transformer_engine", "flash4"))  # fmt: skip
-    cuda_graphs: bool = key(False, "start a step's kernels as one CUDA graph, which saves the host's time", only=TEXT)
+    cuda_graphs: bool = key(False, "start a step's kernels as one CUDA graph, which saves the host's time", only=GRAPHED)
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
     gpu: str | None = key(
         None, "kind of GPU to plan for, with its memory and links; implies device=gpu", choices=tuple(KINDS), auto="the machine's"

@@ -27,6 +27,8 @@ from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_a
 from nemo.lightning.pytorch.callbacks.peft import AdapterWrapper
 from torch import Tensor, nn
 
+from nemo_ext.adapters import low_rank
+
 # The parts of Megatron's fused linears, in their order: {linear: {part: CanonicalLoRA's target}}
 PARTS = {
     "linear_qkv": {"adapter_q": "linear_q", "adapter_k": "linear_k", "adapter_v": "linear_v"},
@@ -84,9 +86,21 @@ class SplitLoRALinear(AdapterWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias, x = self.base_linear_forward(x, *args, **kwargs)
+        if low_rank.holds(output, x, list(self.adapter.values())):
+            return low_rank.add(output, x, dict(self.adapter.items()), self.parts), bias
         x = x.contiguous()
         change = self.parts.join({name: adapter(x) for name, adapter in self.adapter.items()})
         return output + change.reshape(output.shape), bias
+
+
+class WholeLoRALinear(LoRALinear):
+    """A linear with one adapter for all of its output."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias, x = self.base_linear_forward(x, *args, **kwargs)
+        if low_rank.holds(output, x, [self.adapter]):
+            return low_rank.add(output, x, {low_rank.WHOLE: self.adapter}), bias
+        return output + self.adapter(x.contiguous()).reshape(output.shape), bias
 
 
 @dataclass
@@ -163,7 +177,7 @@ class CanonicalLoRA(canonical_lora.CanonicalLoRA):
 
     def whole(self, m: nn.Module, adapter: nn.Module) -> nn.Module:
         """The linear with one adapter for all of its output."""
-        return LoRALinear(m, adapter)
+        return WholeLoRALinear(m, adapter)
 
     def split(self, m: nn.Module, adapters: ModuleDict, parts: Parts) -> nn.Module:
         """The fused linear with an adapter for some or all of its parts."""

@@ -6,8 +6,7 @@ quantizers: scales and histories of largest values stay where they are, and so d
 
 It holds for delayed scaling, SiLU, no bias, and linears that are Transformer Engine's as Megatron builds them; a module around
 one (an adapter) reads values in bf16, and Megatron's way stays. It also stays where activations are recomputed in FP8, because
-Transformer Engine exchanges a linear's scales in its forward pass, after SwiGLU, and in a module's first forward pass, before
-which it has no quantizers.
+Transformer Engine exchanges a linear's scales in its forward pass, after SwiGLU.
 """
 
 from __future__ import annotations
@@ -124,16 +123,17 @@ def _is_plain(mlp: MLP) -> bool:
 
 
 def _is_scaled_by_history(mlp: MLP) -> bool:
-    """Whether both linears are about to run in FP8 with delayed scaling, with quantizers that they have already."""
+    """Whether both linears are about to run in FP8 with delayed scaling; their quantizers are there then."""
     state = quantization.FP8GlobalStateManager
     if not state.is_fp8_enabled() or is_non_tn_fp8_gemm_supported():  # the latter: products that need no columns (Blackwell)
         return False
     if distributed.is_fp8_activation_recompute_enabled() or distributed.in_fp8_activation_recompute_phase():
         return False
-    recipe = state.get_fp8_recipe()
-    return recipe.delayed() and all(
-        each.fp8_initialized and each.fp8_meta["recipe"] == recipe for each in (mlp.linear_fc1, mlp.linear_fc2)
-    )
+    if not state.get_fp8_recipe().delayed():
+        return False
+    for each in (mlp.linear_fc1, mlp.linear_fc2):  # as its first forward pass would, so that a continued run's is as all others
+        each.init_fp8_metadata()
+    return True
 
 
 def _quantizer(linear: Any, of_input: bool) -> Float8Quantizer:

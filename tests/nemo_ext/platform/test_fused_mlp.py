@@ -142,12 +142,12 @@ def test_errors_are_no_larger_than_transformer_engines(built, monkeypatch, learn
     seen = calls(monkeypatch)
     mlp = build(learns)
     new = run(config, mlp)
-    assert len(seen) == 5  # all but the first, which makes the quantizers
+    assert len(seen) == 6
     with monkeypatch.context() as patch:
         patch.setattr(MLP, "forward", MLP.forward.__wrapped__)
         other = build(learns)
         old = run(config, other)
-    assert len(seen) == 5
+    assert len(seen) == 6
     for ours, theirs, wanted in list(zip(new, old, in_fp32(mlp), strict=True))[: 4 if learns else 2]:
         mine, yours = ((each - wanted).norm() / wanted.norm() for each in (ours, theirs))
         assert mine < 1.05 * yours and yours < 0.15
@@ -170,9 +170,9 @@ def test_megatrons_way_stays(built, monkeypatch):
         return te_checkpoint(mlp, False, get_cuda_rng_tracker, None, inputs)[0]
 
     whole = run(config, build())
-    assert len(seen) == 5
+    assert len(seen) == 6
     again = run(config, build(), call=recomputed)
-    assert len(seen) == 5
+    assert len(seen) == 6
     for a, b in zip(whole, again, strict=True):
         assert (a - b).norm() < 0.1 * b.norm()
 
@@ -194,6 +194,22 @@ def test_megatrons_way_stays(built, monkeypatch):
     assert len(seen) == before
 
 
+def test_a_continued_run_computes_the_same(built, monkeypatch):
+    """Its first pass too, whose quantizers are new."""
+    config, build = built
+    seen = calls(monkeypatch)
+    first = build()
+    run(config, first)
+    state = {name: value.clone() for name, value in first.state_dict().items()}
+    expected = run(config, first, steps=1)
+    second = build()
+    second.load_state_dict(state)
+    found = run(config, second, steps=1)
+    assert len(seen) == 10
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_evaluation_and_what_is_kept(built, monkeypatch):
     """Without gradients the output is the same, and with them as much is kept for the backward pass as Megatron's way keeps."""
     from megatron.core.fp8_utils import get_fp8_context
@@ -204,9 +220,9 @@ def test_evaluation_and_what_is_kept(built, monkeypatch):
     mlp = build()
     run(config, mlp)
     inputs = torch.randn(2048, 1, 256, device="cuda").bfloat16()
-    with get_fp8_context(config), torch.no_grad():
+    with torch.no_grad(), get_fp8_context(config):  # whose end updates scales where there are gradients
         alone = mlp(inputs)[0]
-    assert len(seen) == 6
+    assert len(seen) == 7
     kept = []
     # the same scales and then, after an update of them, others: two roundings to 4 bits, of SwiGLU's values and of its input
     for way, most in ((MLP.forward, 0.0), (MLP.forward.__wrapped__, 0.1)):
