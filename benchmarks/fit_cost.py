@@ -38,8 +38,10 @@ CURRENT = "2026-11-23"
 STAGES = "pipeline_model_parallel_layout"  # those layers by hand, as they were measured first
 # Keys of a case and changes of a micro batch that the model knows: others make another program.
 KEYS = set("recipe size gpus tp pp vp cp seq micro_batch global_batch precision lr pack gpu_memory recompute profile".split())
-KEYS |= {"balance_stages", "cuda_graphs", f"trainer.strategy.{STAGES}"}
-CHANGES = {"tp", "pp", "vp", "cp", "micro", "graphs", "unfused-gradients", "waiting-loss", STAGES}
+KEYS |= {"balance_stages", "cuda_graphs", "output_layer", f"trainer.strategy.{STAGES}"}
+OUTPUTS = {"fused-output": "fused", "fp8-output": "fp8"}  # output_layer= in a change's words
+CHANGES = {"tp", "pp", "vp", "cp", "micro", "graphs", "unfused-gradients", "waiting-loss", "joint-rotary", STAGES, *OUTPUTS}
+ONE_BY_ONE = "adapters one by one"  # each with products, a scaling and a sum of its own (`nemo_ext/adapters/low_rank.py`)
 # Where the search begins, by hand, and how strongly it is pulled back there: as if a row were 2 % off for each factor of e.
 PULL = 0.02
 START = Constants(
@@ -100,7 +102,8 @@ def rows() -> list[Row]:
 
 def _request(gpu: str, shape: Architecture, case: dict, **more) -> Request:
     names = ("gpus", "seq", "global_batch", "micro_batch", "precision")
-    known = {name: case[name] for name in names} | {"cuda_graphs": case.get("cuda_graphs") == "true"}
+    known = {name: case[name] for name in names} | {"cuda_graphs": str(case.get("cuda_graphs")).lower() == "true"}
+    known["cross_entropy"] = case.get("output_layer", "te")
     return Request(nodes=1, gpu_memory=float(gpus.KINDS[gpu].memory), device="gpu", gpu=gpu, **{**known, **more})
 
 
@@ -128,12 +131,16 @@ def _steps() -> list[Row]:
             trained = adapters.num_parameters(shape, linears, fields()["rank"].default)
             attended = case["seq"] // PACKED if case["pack"] == "true" else None
             more = dict(trainable=trained / shape.num_parameters(), nf4=case["recipe"].startswith("qlora"), attended=attended)
+        if "cuda_graphs" in row["ours"]:  # else there was one where it was asked for
+            case = {**case, "cuda_graphs": row["ours"]["cuda_graphs"]}
         older = row["date"] < CURRENT
         recompute = case.get("recompute") or ("selective" if case.get("gpu_memory") == 24 else "none")  # what was planned for 24
         balanced = not older and case.get("balance_stages") != "false"
         request, layout = _request(_kind(row["gpu"]), shape, case, **more), _layout(case, recompute, balanced)
         reason = ", ".join(sorted(set(case) - KEYS))
-        if older and (more.get("nf4") or not more):  # of LoRA alone there are no newer rows
+        if more and (older or more["nf4"]):
+            reason = ONE_BY_ONE
+        elif older:
             reason = f"before {CURRENT}"
         found.append(Row(name, shape, request, layout, row["ours"]["step_seconds"], fused=not older, left_out=reason))
     return found
@@ -155,6 +162,7 @@ def _micro_batches() -> list[Row]:
         count = got["count"] if "gpus" not in got else got["count"] // micro  # of micro batches
         case = dict(sizes, gpus=world, seq=got["seq"], micro_batch=micro, global_batch=count * micro * dp, precision=precision)
         case["cuda_graphs"] = "true" if "graphs" in values else "false"
+        case["output_layer"] = next((OUTPUTS[word] for word in values if word in OUTPUTS), "te")
         alone, short = world == 1, re.sub(rf"{STAGES}=\S+", "balanced", name.replace(" with optimizer", ", step"))
         found.append(
             Row(
@@ -178,7 +186,8 @@ def _senses() -> list[Row]:
         recompute = "full" if options["recompute"] else "none"
         seconds = ours["step_seconds"] * (1 - ours["tower_share"])
         request = _request(_kind(got["gpu"]), shape, case, trainable=share)
-        found.append(Row(f"neva {name}", shape, request, _layout(case, recompute), seconds))
+        reason = ONE_BY_ONE if 0 < share < 1 else ""
+        found.append(Row(f"neva {name}", shape, request, _layout(case, recompute), seconds, left_out=reason))
     return found
 
 

@@ -83,6 +83,7 @@ def ours(case: dict, steps: int, tokenizer: str, folder: Path) -> dict:
     ranks = [run_folder.read_json(run_folder.rank_memory(out, rank)) for rank in range(case["gpus"])]
     return {
         "step_times": [r["step_time"] for r in trained[1:]],
+        "cuda_graphs": run_folder.read_json(out / "job.json")["keys"]["cuda_graphs"],
         "memory_gib": max(r["peak"] for r in ranks) / GIB,
         "reserved_gib": max(r["reserved"] for r in ranks) / GIB,
         "outside_torch_gib": max(r["outside_torch"] for r in ranks) / GIB,

@@ -91,7 +91,8 @@ def keys_of(planned: Plan) -> dict[str, Any]:
     """The keys that a layout decides."""
     layout = planned.layout
     return {"tp": layout.tp, "pp": layout.pp, "vp": layout.vp or 1, "cp": layout.cp, "ep": layout.ep,
-            "sp": layout.sequence_parallel, "micro_batch": layout.micro_batch, "recompute": layout.recompute}  # fmt: skip
+            "sp": layout.sequence_parallel, "micro_batch": layout.micro_batch, "recompute": layout.recompute,
+            "cuda_graphs": planned.request.cuda_graphs}  # fmt: skip
 
 
 def brief(planned: Plan, trained: int) -> str:

@@ -88,7 +88,7 @@ class Request:
     packed: bool = False  # whether rows hold several conversations that do not see each other
     attended: int | None = None  # tokens of one of them, where it is known; None: seq
     balanced: bool = False  # see Layout
-    cuda_graphs: bool = False  # a step's kernels are one CUDA graph
+    cuda_graphs: bool | None = False  # a step's kernels are one CUDA graph; None: the planner's choice
 
 
 @dataclass(frozen=True)

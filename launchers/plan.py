@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launchers.cost import Expected, error, expect, step_seconds
+from launchers.cost import Expected, error, expect, python_share, step_seconds
 from launchers.memory import GiB, Layout, Memory, Request, chunks, estimate
 from nemo_ext.architecture import Architecture
 from nemo_ext.errors import UserError
@@ -27,6 +27,12 @@ SHARES = (HEADROOM, 0.95, 1.0)  # where nothing is left below one of them, the n
 QUICKER = 0.8  # of the time that the chosen layout takes: a layout above HEADROOM that needs less is worth a word
 TIE = 1.01  # a layout that is expected to be slower by less is taken if it is simpler: well under what the estimate distinguishes
 MICROBATCH_TOKENS = 8192  # a chosen micro batch grows up to this; longer ones only cost memory
+GRAPH_PYTHON = 0.8  # of the GPU's time, from which a graph brought 2 to 4 % (0.9 to 1.1); nothing at half of it
+GRAPH_MEMORY = (
+    0.75  # of the memory that a chosen graph's plan fills at most: what was cached before it is not its to take, and one
+)
+# of LoRA that was planned to fill 0.89 ran out
+GRAPH_MICROBATCHES = 8  # a chosen graph has at most as many as one that was measured
 CONTEXT_TOKENS = 8192  # a chosen context parallelism leaves each GPU at least this much of the sequence
 SIZES = ("tp", "pp", "vp", "cp", "ep", "micro_batch")
 FREE = {**dict.fromkeys(SIZES), "sequence_parallel": None, "recompute": "auto"}
@@ -118,6 +124,7 @@ def plan(architecture: Architecture, request: Request) -> Plan:
     Raises UserError where a given value breaks a rule or nothing fits, naming the nearest layout that works.
     """
     _check_values(request)
+    graphs, request = request.cuda_graphs, dataclasses.replace(request, cuda_graphs=bool(request.cuda_graphs))
     layouts = list(_layouts(architecture, request))
     if not layouts:
         kind, text = _first_problem(architecture, request)
@@ -132,16 +139,39 @@ def plan(architecture: Architecture, request: Request) -> Plan:
             f"{need / GiB:.1f} GiB on {what} of {request.gpu_memory / GiB:.1f} GiB"
         )
         raise UserError(f"{text}; {_nearest(architecture, request, 'memory')}")
+    why = _reasons(architecture, request, layout) + _tighter(architecture, request, layout, layouts)
+    if graphs is None and (graph := _with_graph(architecture, request, layout)).cuda_graphs:
+        share = python_share(architecture, request, layout)
+        why.append(f"cuda_graphs: Python would start kernels for {share:.0%} of the time that the GPU computes them")
+        request = graph
     return Plan(
         layout=layout,
         memory=estimate(architecture, request, layout),
         fits=True,
         parameters=architecture.num_parameters() + (request.tower.parameters if request.tower else 0),
         tokens_per_step=request.global_batch * request.seq,
-        why=_reasons(architecture, request, layout) + _tighter(architecture, request, layout, layouts),
+        why=why,
         request=request,
         expected=expect(architecture, request, layout) if request.gpu or request.device == "cpu" else None,
     )
+
+
+def _with_graph(architecture: Architecture, request: Request, layout: Layout) -> Request:
+    """The request, with a CUDA graph where that was seen to pay: on one GPU of a kind that was measured, where Python starts
+    kernels for nearly as long as the GPU computes, and the graph is neither larger than those nor its memory too much."""
+    kind = KINDS.get(request.gpu)
+    graph = dataclasses.replace(request, cuda_graphs=True)
+    pays = (
+        kind is not None
+        and kind.measured
+        and request.instead_of is None
+        and request.nodes * request.gpus == 1
+        and layout.recompute == "none"
+        and layout.num_microbatches <= GRAPH_MICROBATCHES
+        and python_share(architecture, request, layout) > GRAPH_PYTHON
+        and estimate(architecture, graph, layout).total <= GRAPH_MEMORY * request.gpu_memory
+    )
+    return graph if pays else request
 
 
 def _check_values(request: Request) -> None:

@@ -20,7 +20,7 @@ from nemo_ext.multimodal import freezing, towers
 from nemo_ext.multimodal.description import AUDIO, VISION, Sense
 from recipes import device, grpo, kernels, models
 from recipes.grpo import GrpoKeys
-from recipes.keys import TrainKeys, fields
+from recipes.keys import TEXT, TrainKeys, fields
 from recipes.models import FAMILIES
 
 
@@ -155,7 +155,7 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
             keys |= {k: v for k, v in _rates_of_glyphs(keys).items() if given.get(k) is None}
     for check in (_values, _numbers):
         check(keys)
-    kernels.check(keys, models.size(family, keys["size"]).architecture, method.conversations)
+    kernels.check(keys, models.size(family, keys["size"]).architecture, method_of(name) in TEXT)
     if method.nf4 and keys["precision"] == "fp8":
         raise UserError(f"precision=fp8: {name}'s weights are rounded to 4 bits, FP8 would round them again: precision=bf16")
     if method.modality and keys["export"] == "lora" and not saves_part(method, keys):

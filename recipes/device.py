@@ -27,7 +27,7 @@ class Default:
 # H100 and H200 alone were measured: A100 and L40 take these over.
 DEFAULTS = {
     "precision": Default("fp32", "bf16", "FP8 is 1.2 (1B) to 1.4 times (8B) as fast and rounds more: precision=fp8"),
-    "seq": Default(256, 4096, "two rows fill a GPU's 8,192 tokens; LoRA of the 8B: 12,792 tokens/s so, 14,019 packed at 8,192"),
+    "seq": Default(256, 4096, "two rows fill the 8,192 tokens that a GPU is given at once"),
     "global_batch": Default(8, 128),
     "async_save": Default(False, True, "training stands still for 0.1 s a checkpoint, not 38 (17 GB of a 1B at TP2)"),
     "val_batches": Default(4, 8),

@@ -11,13 +11,17 @@ from nemo_ext.gpus import KINDS
 from nemo_ext.platform import hardware
 
 
-def check(keys: dict[str, Any], shape: Architecture, conversations: bool) -> None:
-    """Refuse what is wrong whatever is planned: before anything is read. `conversations`: whether they are what is learnt.
+def check(keys: dict[str, Any], shape: Architecture, documents: bool) -> None:
+    """Refuse what is wrong whatever is planned, before anything is read; a graph that is not asked for and cannot be is False.
+    `documents`: whether the method learns them.
 
     Raises UserError.
     """
-    if keys["cuda_graphs"]:
-        _graph(keys, conversations)
+    why = _no_graph(keys, shape)
+    if keys["cuda_graphs"] and why:
+        raise UserError(f"cuda_graphs=true{why}")
+    if keys["cuda_graphs"] is None and (why or not documents or keys["precision"] not in ("bf16", "fp8")):
+        keys["cuda_graphs"] = False
     _output_layer(keys, shape)
 
 
@@ -41,14 +45,17 @@ def check_attention(keys: dict[str, Any], shape: Architecture) -> None:
         raise UserError(f"attention=flash4: {found}: attention=transformer_engine")
 
 
-def _graph(keys: dict[str, Any], conversations: bool) -> None:
-    """Refuse what differs between steps, which a graph repeats. Raises UserError."""
+def _no_graph(keys: dict[str, Any], shape: Architecture) -> str | None:
+    """Why a step cannot be captured, in words that follow "cuda_graphs=true"; None where it can."""
     if keys["device"] == "cpu":
-        raise UserError("cuda_graphs=true is for GPUs")
-    if conversations and keys["pack"]:
-        raise UserError("cuda_graphs=true: packed rows begin and end elsewhere in every step: pack=false")
-    if keys["dropout"]:
-        raise UserError(f"cuda_graphs=true: every step would leave out the same, and dropout={keys['dropout']}: dropout=0")
+        return " is for GPUs"
+    if shape.num_moe_experts is not None:
+        return " would repeat one step's choice of experts: cuda_graphs=false"
+    if keys["recompute"] not in ("auto", "none"):
+        return f": nothing can be recomputed in a graph, and recompute={keys['recompute']}"
+    if keys["on_nan"] == "stop" and not keys["clip"]:
+        return ": NaN is looked for in the norm of the gradients, which clip=0 leaves out: clip=1, or on_nan="
+    return None
 
 
 def _output_layer(keys: dict[str, Any], shape: Architecture) -> None:

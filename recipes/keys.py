@@ -21,7 +21,6 @@ EXPERTS = ("moe_dora",)
 QLORA = ("qlora",)
 NEVA = ("neva", "alm")  # methods that give a model eyes or ears
 CHAT = ("sft", *ADAPTER, *NEVA)  # methods that learn conversations
-GRAPHED = (*TEXT, "sft", "lora", "dora")  # methods whose steps can be captured
 
 
 @dataclass
@@ -233,7 +232,9 @@ class TrainKeys:
                         path="trainer.strategy.ddp.overlap_grad_reduce")  # fmt: skip
     attention: str = key("transformer_engine", "kernels of attention on a GPU; flash4 needs the package flash-attn-4 and Hopper",
                          choices=("transformer_engine", "flash4"))  # fmt: skip
-    cuda_graphs: bool = key(False, "start a step's kernels as one CUDA graph, which saves the host's time", only=GRAPHED)
+    cuda_graphs: bool | None = key(None, "start a step's kernels as one CUDA graph, which saves the host's time", only=TEXT,
+                                   auto="on with one H100 or H200 and at most 8 micro batches, "
+                                        "where Python needs nearly as long as the GPU")  # fmt: skip
     device: str | None = key(None, "what to train or plan for", choices=("gpu", "cpu"), auto="gpu with CUDA, else cpu")
     gpu: str | None = key(
         None, "kind of GPU to plan for, with its memory and links; implies device=gpu", choices=tuple(KINDS), auto="the machine's"

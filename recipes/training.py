@@ -155,7 +155,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         ckpt_assume_constant_structure=True,  # planned once, not at every save
         ckpt_optim_fully_reshardable=True,  # loads at any other TP, PP and DP; see nemo_ext/platform/optimizer_shards.py
         replace_progress_bar=False,
-        use_te_rng_tracker=keys["cuda_graphs"],  # the other's numbers would be the same in every replay
+        use_te_rng_tracker=bool(keys["cuda_graphs"]),  # the other's numbers would be the same in every replay
         **what,
     )
     callbacks = [

@@ -383,7 +383,9 @@ def test_a_fused_output_layer_is_planned():
     assert plans["fp8"].memory.logits < 0.7 * plans["separate"].memory.logits
     weight = LLAMA_1B.padded_vocab_size * LLAMA_1B.hidden_size  # in FP8
     assert plans["fp8"].memory.weights - plans["fused"].memory.weights == weight
-    assert "a fused output layer" in text(plans["fp8"]) and "a fused output layer" not in text(plans["separate"])
+    assert "a fused output layer" not in text(plans["fp8"])
+    two = plan(LLAMA_1B, asked(machine, output_layer="fp8", gpus=2, **given))
+    assert "a fused output layer on several GPUs" in text(two)
     seconds = [each.expected.seconds for each in plans.values()]
     assert seconds == sorted(seconds, reverse=True)
 
@@ -432,6 +434,31 @@ def test_a_graph_of_a_step_takes_memory_of_its_own():
         plan(LLAMA_8B, gpu(cuda_graphs=True, recompute="full"))
     with pytest.raises(UserError, match="cuda_graphs=true: a CPU has none"):
         plan(SMOKE, cpu(cuda_graphs=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "chosen"),
+    [
+        (LLAMA_1B, dict(precision="fp8"), True),
+        (LLAMA_1B, dict(precision="bf16", gpu="h200", gpu_memory=H200), True),
+        (LLAMA_1B, dict(precision="fp8", gpus=2), False),  # several GPUs were not measured
+        (LLAMA_1B, dict(precision="bf16", gpu="a100", gpu_memory=79 * GiB), False),
+        (LLAMA_1B, dict(precision="fp8", instead_of="H100 PCIe"), False),
+        (LLAMA_1B, dict(precision="fp8", gpu_memory=44 * GiB), False),  # the graph would fill it too far
+        (LLAMA_1B, dict(precision="fp8", recompute="selective"), False),
+        (LLAMA_1B, dict(precision="fp8", global_batch=16), False),  # more micro batches than were measured
+        (LLAMA_8B, dict(precision="bf16", gpu="h200", gpu_memory=H200, trainable=0.005), False),  # the GPU computes for longer
+    ],
+)
+def test_a_graph_is_chosen_where_python_takes_the_time(shape, more, chosen):
+    wanted = dict(gpus=1, gpu="h100", seq=8192, global_batch=8, micro_batch=1, cuda_graphs=None) | more
+    found = plan(shape, gpu(**wanted))
+    assert found.request.cuda_graphs is chosen
+    assert any(reason.startswith("cuda_graphs: Python") for reason in found.why) is chosen
+    given = plan(shape, gpu(**wanted | dict(cuda_graphs=False)))
+    assert found.layout == given.layout
+    assert (found.memory.total > given.memory.total) is chosen
+    assert (found.expected.seconds <= given.expected.seconds) and given.request.cuda_graphs is False
 
 
 def test_cpu_prefers_data_parallelism():

@@ -15,17 +15,22 @@ def test_a_graph_is_refused_on_a_cpu():
 @pytest.mark.parametrize(
     ("recipe", "given", "why"),
     [
-        ("lora_llama3", dict(), "packed rows begin and end elsewhere in every step: pack=false"),
-        ("sft_llama3", dict(), "packed rows"),
-        ("lora_llama3", dict(pack=False, dropout=0.1), "every step would leave out the same, and dropout=0.1"),
-        ("qlora_llama3", dict(pack=False), "cuda_graphs= is for recipe=pretrain_llama3"),
+        ("pretrain_mixtral", dict(), "choice of experts"),
+        ("pretrain_llama3", dict(recompute="full"), "nothing can be recomputed in a graph, and recompute=full"),
+        ("cpt_llama3", dict(clip=0.0), "which clip=0 leaves out"),
+        ("lora_llama3", dict(), "cuda_graphs= is for recipe=pretrain_llama3"),
     ],
 )
-def test_a_graph_of_steps_that_differ_is_refused(recipe, given, why):
+def test_a_graph_is_refused_and_not_chosen_where_it_cannot_be(recipe, given, why):
     with pytest.raises(UserError, match=why):
         recipes.resolve(recipe, dict(cuda_graphs=True, **given), cuda=True)
+    assert recipes.resolve(recipe, given, cuda=True)["cuda_graphs"] is False
 
 
-@pytest.mark.parametrize("recipe", ["sft_llama3", "lora_llama3", "dora_llama3"])
-def test_a_graph_of_rows_of_one_conversation_is_taken(recipe):
-    assert recipes.resolve(recipe, dict(cuda_graphs=True, pack=False), cuda=True)["cuda_graphs"]
+@pytest.mark.parametrize(("given", "cuda"), [(dict(precision="fp16"), True), (dict(precision="fp32"), True), ({}, False)])
+def test_a_graph_is_not_chosen_for_what_was_not_measured(given, cuda):
+    assert recipes.resolve("pretrain_llama3", given, cuda=cuda)["cuda_graphs"] is False
+
+
+def test_a_graph_is_the_plans_choice_elsewhere():
+    assert recipes.resolve("cpt_llama3", dict(clip=0.0, on_nan="skip"), cuda=True)["cuda_graphs"] is None
