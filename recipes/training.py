@@ -22,10 +22,9 @@ from nemo_ext.adapters.strategy import AdapterStrategy
 from nemo_ext.architecture import Architecture
 from nemo_ext.callbacks.checkpoint import AtomicCheckpoint
 from nemo_ext.callbacks.evaluation import Evaluation
-from nemo_ext.callbacks.flash_attention import UseFlashAttention
-from nemo_ext.callbacks.fused_output import FusedOutput
 from nemo_ext.callbacks.graphs import StepGraph
 from nemo_ext.callbacks.guard import LossGuard
+from nemo_ext.callbacks.kernels import UseKernels
 from nemo_ext.callbacks.loss import LossWithoutWaiting
 from nemo_ext.callbacks.metrics import MetricsCallback
 from nemo_ext.callbacks.profile import Profile
@@ -175,8 +174,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
             stop_on_nan=keys["on_nan"] == "stop",
         ),
         run.Config(LossWithoutWaiting),
-        *([run.Config(FusedOutput, fp8=keys["output_layer"] == "fp8")] if keys["output_layer"] != "separate" else []),
-        *([run.Config(UseFlashAttention)] if keys["attention"] == "flash4" else []),
+        run.Config(UseKernels, attention=keys["attention"], output_layer=keys["output_layer"]),
         *_graphs(keys),
         *_guards(keys),
         *_rank_allocation(keys, architecture, adapter),

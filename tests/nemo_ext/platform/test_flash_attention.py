@@ -114,14 +114,15 @@ def test_other_calls_are_transformer_engines(monkeypatch):
 
 
 def test_a_model_without_such_layers_is_refused(monkeypatch):
-    from nemo_ext.callbacks.flash_attention import UseFlashAttention
+    from nemo_ext.callbacks.kernels import UseKernels
 
     monkeypatch.setattr(flash_attention, "missing", lambda: None)
     stages = [torch.nn.ModuleList([layer()]), torch.nn.ModuleList([layer(attn_mask_type="padding")])]
-    UseFlashAttention().on_fit_start(SimpleNamespace(strategy=SimpleNamespace(megatron_parallel=stages)), None)
+    kernels = UseKernels("flash4", "separate")
+    kernels.on_fit_start(SimpleNamespace(strategy=SimpleNamespace(megatron_parallel=stages)), None)
     assert [type(*stage) for stage in stages] == [FlashAttention, TEDotProductAttention]
     with pytest.raises(UserError, match="attention=flash4: no layer"):
-        UseFlashAttention().on_fit_start(SimpleNamespace(strategy=SimpleNamespace(megatron_parallel=stages[1:])), None)
+        kernels.on_fit_start(SimpleNamespace(strategy=SimpleNamespace(megatron_parallel=stages[1:])), None)
 
 
 @pytest.mark.parametrize("capability, installed, why", [
@@ -154,13 +155,14 @@ def recipe(name="pretrain_llama3", **keys):
 
 
 def test_a_recipe_uses_it_where_asked():
-    def names(**keys):
-        return [each.__fn_or_cls__.__name__ for each in recipe(**keys).trainer.callbacks]
+    def kernels(**keys):
+        return next(each for each in recipe(**keys).trainer.callbacks if each.__fn_or_cls__.__name__ == "UseKernels")
 
-    assert "UseFlashAttention" not in names()
-    asked = names(attention="flash4")
-    assert asked.index("UseFlashAttention") < asked.index("Evaluation")  # which may be the first to call the model
-    assert "UseFlashAttention" in names(name="lora_llama3", attention="flash4", precision="fp8")
+    assert kernels().attention == "transformer_engine"
+    assert kernels(attention="flash4").attention == "flash4"
+    assert kernels(name="lora_llama3", attention="flash4", precision="fp8").attention == "flash4"
+    names = [each.__fn_or_cls__.__name__ for each in recipe().trainer.callbacks]
+    assert names.index("UseKernels") < names.index("Evaluation")  # which may be the first to call the model
 
 
 @pytest.mark.parametrize("keys, why", [

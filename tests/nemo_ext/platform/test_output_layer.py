@@ -188,11 +188,20 @@ def test_it_is_refused_where_it_has_no_meaning():
 def test_a_recipe_marks_the_layer():
     given = dict(size="1b", device="gpu", gpus=1, precision="fp8")
     asked = {each: recipes.load("pretrain_llama3", **given, output_layer=each) for each in ("separate", "fused", "fp8")}
-    found = {
-        each: [callback.fp8 for callback in recipe.trainer.callbacks if callback.__fn_or_cls__.__name__ == "FusedOutput"]
-        for each, recipe in asked.items()
-    }
-    assert found == {"separate": [], "fused": [False], "fp8": [True]}
+    for each, recipe in asked.items():
+        (kernels,) = (callback for callback in recipe.trainer.callbacks if callback.__fn_or_cls__.__name__ == "UseKernels")
+        assert kernels.output_layer == each
+
+
+def test_the_layer_is_marked_before_training(monkeypatch):
+    from nemo_ext.callbacks.kernels import UseKernels
+
+    seen = []
+    monkeypatch.setattr(output_layer, "use", lambda stage, fp8: seen.append((stage, fp8)))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(megatron_parallel=["first", "last"]))
+    for way in ("separate", "fused", "fp8"):
+        UseKernels("transformer_engine", way).on_fit_start(trainer, None)
+    assert seen == [("first", False), ("last", False), ("first", True), ("last", True)]
 
 
 @pytest.fixture(scope="module")
