@@ -114,8 +114,9 @@ def resolve(name: str, given: dict[str, Any], *, cuda: bool) -> dict[str, Any]:
     if (unknown := set(given) - set(fields())) != set():
         raise UserError(f"{name} has no key {', '.join(sorted(unknown))}")
     for key, field in fields().items():
-        only = field.metadata["only"]
-        if only and method_of(name) not in only and given.get(key) not in (None, field.default):
+        only, value = field.metadata["only"], given.get(key)
+        unused = value in (None, field.default) or (value is False and field.default is None)  # as a plan leaves it
+        if only and method_of(name) not in only and not unused:
             raise UserError(f"{key}= is for recipe={only[0]}_{family}, not for {name}")
     keys = {**{n: f.default for n, f in fields().items()}, **method.defaults}
     keys.update({k: v for k, v in given.items() if v is not None})

@@ -34,3 +34,11 @@ def test_a_graph_is_not_chosen_for_what_was_not_measured(given, cuda):
 
 def test_a_graph_is_the_plans_choice_elsewhere():
     assert recipes.resolve("cpt_llama3", dict(clip=0.0, on_nan="skip"), cuda=True)["cuda_graphs"] is None
+
+
+@pytest.mark.parametrize("recipe", ["pretrain_llama3", "lora_llama3", "neva_llama3"])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_keys_resolve_to_themselves(recipe, cuda):
+    """As those of a finished run do, when it is exported or continued."""
+    once = recipes.resolve(recipe, dict(size="8b" if cuda else "smoke"), cuda=cuda)
+    assert recipes.resolve(recipe, dict(once), cuda=cuda) == once
