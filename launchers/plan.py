@@ -28,10 +28,8 @@ QUICKER = 0.8  # of the time that the chosen layout takes: a layout above HEADRO
 TIE = 1.01  # a layout that is expected to be slower by less is taken if it is simpler: well under what the estimate distinguishes
 MICROBATCH_TOKENS = 8192  # a chosen micro batch grows up to this; longer ones only cost memory
 GRAPH_PYTHON = 0.8  # of the GPU's time, from which a graph brought 2 to 4 % (0.9 to 1.1); nothing at half of it
-GRAPH_MEMORY = (
-    0.75  # of the memory that a chosen graph's plan fills at most: what was cached before it is not its to take, and one
-)
-# of LoRA that was planned to fill 0.89 ran out
+# Of the memory that a chosen graph's plan fills at most: one of LoRA planned to fill 0.89 ran out, 14.8 GiB reserved and unused.
+GRAPH_MEMORY = 0.75
 GRAPH_MICROBATCHES = 8  # a chosen graph has at most as many as one that was measured
 CONTEXT_TOKENS = 8192  # a chosen context parallelism leaves each GPU at least this much of the sequence
 SIZES = ("tp", "pp", "vp", "cp", "ep", "micro_batch")

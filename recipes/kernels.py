@@ -54,7 +54,7 @@ def _no_graph(keys: dict[str, Any], shape: Architecture) -> str | None:
     if keys["recompute"] not in ("auto", "none"):
         return f": nothing can be recomputed in a graph, and recompute={keys['recompute']}"
     if keys["on_nan"] == "stop" and not keys["clip"]:
-        return ": NaN is looked for in the norm of the gradients, which clip=0 leaves out: clip=1, or on_nan="
+        return ": NaN is looked for in the norm of the gradients, which clip=0 leaves out: clip=1, or on_nan=skip"
     return None
 
 

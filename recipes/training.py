@@ -175,7 +175,7 @@ def _trainer(keys: dict[str, Any], architecture: Architecture, adapter: str | No
         ),
         run.Config(LossWithoutWaiting),
         run.Config(UseKernels, attention=keys["attention"], output_layer=keys["output_layer"]),
-        *_graphs(keys),
+        *([run.Config(StepGraph)] if keys["cuda_graphs"] else []),
         *_guards(keys),
         *_rank_allocation(keys, architecture, adapter),
         run.Config(SeedEachStep, seed=keys["seed"], adapter_dropout=keys["dropout"] if adapter else 0.0),
@@ -220,15 +220,6 @@ def _stages(keys: dict[str, Any], architecture: Architecture) -> str | None:
     """Megatron's layout of pipeline stages that are not equal; None where all are."""
     layers = chunk_layers(architecture, keys["pp"], keys["vp"]) if keys["balance_stages"] else []
     return megatron_layout(layers) if len(set(layers)) > 1 else None
-
-
-def _graphs(keys: dict[str, Any]) -> list[run.Config]:
-    """Raises UserError where a step cannot be captured."""
-    if not keys["cuda_graphs"]:
-        return []
-    if keys["recompute"] != "none":
-        raise UserError(f"cuda_graphs=true: nothing can be recomputed in a graph, and recompute={keys['recompute']}")
-    return [run.Config(StepGraph)]
 
 
 def _guards(keys: dict[str, Any]) -> list[run.Config]:
