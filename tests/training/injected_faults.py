@@ -77,14 +77,19 @@ class Return(Callback):
 
 
 class SlowRank(Callback):
-    """A rank takes longer over its forward passes."""
+    """A rank takes `times` as long over its forward passes as it would, by what the one before took on this machine."""
 
-    def __init__(self, rank: int, seconds: float):
-        self.rank, self.seconds = rank, seconds
+    def __init__(self, rank: int, times: float):
+        self.rank, self.times = rank, times
+        self.began, self.seconds = 0.0, 0.05
 
     def on_megatron_microbatch_start(self, step) -> None:
         if step.trainer.global_rank == self.rank:
-            time.sleep(self.seconds)
+            time.sleep(self.seconds * (self.times - 1))
+            self.began = time.perf_counter()
+
+    def on_megatron_microbatch_end(self, step) -> None:
+        self.seconds = max(0.02, time.perf_counter() - self.began)
 
 
 class Weights(Callback):

@@ -41,7 +41,7 @@ def runs(train, tmp_path_factory):
     two = [
         case("skipped_pp2", {**SKIP, "pp": 2}, BrokenBatch=dict(step=6, rank=1)),
         case("rolled_back_dp2", ROLL_BACK, BrokenBatch=dict(step=6, rank=1)),
-        case("slow", SLOW, SlowRank=dict(rank=1, seconds=0.05)),
+        case("slow", SLOW, SlowRank=dict(rank=1, times=4)),
     ]
     train(one, 1, into=folder)
     train(two, 2, into=folder)
