@@ -24,7 +24,8 @@ FORKS.set_forkserver_preload(["nemo_imported"])
 def run_group(processes: int, function: Callable[..., None], *arguments: object, log: Path, seconds: float = 500) -> None:
     """Call `function(*arguments)` in each of `processes` processes, which find each other as torchrun's do; wait for them.
 
-    What they print goes to `log`. Raises AssertionError with its end where one of them fails or is not done in time.
+    What they print goes to `log`. Raises AssertionError with its end where one of them fails, ten seconds later at the most, or
+    is not done in time.
     """
     import torch
 
@@ -45,7 +46,7 @@ def run_group(processes: int, function: Callable[..., None], *arguments: object,
         while running and wait([each.sentinel for each in running], max(0, end - time.monotonic())):
             running = [each for each in running if each.exitcode is None]
             if any(each.exitcode for each in group):
-                break
+                end = min(end, time.monotonic() + 10)  # the others may have something to say too
         codes = [each.exitcode for each in group]
         assert not any(codes) and not running, f"exit codes {codes}: {log.read_text(errors='replace')[-6000:]}"
     finally:

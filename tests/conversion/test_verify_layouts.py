@@ -106,18 +106,6 @@ def test_a_layout_needs_a_nemo_model(converted):
         verify.check(hf, hf, tp=2)
 
 
-def test_bad_input_in_a_process_is_bad_input(converted, tmp_path):
-    """A file that is gone when the processes load it; they end, and what one of them said arrives."""
-    hf, nemo = converted("qwen2")
-    broken = Path(shutil.copytree(nemo, tmp_path / "nemo"))
-    checkpoint = verify.Checkpoint("nemo", broken).nemo
-    for file in broken.glob("weights/*.distcp"):
-        file.unlink()
-    with megatron.Processes(2) as running, pytest.raises(UserError, match="cannot be loaded"):
-        megatron.traces(checkpoint, [torch.arange(5)], layout=Layout(tp=2), processes=running)
-    assert running._workers == []
-
-
 def test_a_process_that_dies(converted):
     _, nemo = converted("qwen2")
     checkpoint = verify.Checkpoint("nemo", nemo).nemo
@@ -126,3 +114,15 @@ def test_a_process_that_dies(converted):
         running._workers[1].kill()
         with pytest.raises(RunError, match=r"process 1 of 2 \(PP2\) died"):
             megatron.traces(checkpoint, [torch.arange(5)], layout=Layout(pp=2), processes=running)
+
+
+def test_bad_input_in_a_process_is_bad_input(converted, processes, tmp_path):
+    """A file that is gone when the processes load it; they end, and what one said arrives. The last test that has them."""
+    hf, nemo = converted("qwen2")
+    broken = Path(shutil.copytree(nemo, tmp_path / "nemo"))
+    checkpoint = verify.Checkpoint("nemo", broken).nemo
+    for file in broken.glob("weights/*.distcp"):
+        file.unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        megatron.traces(checkpoint, [torch.arange(5)], layout=Layout(tp=2), processes=processes)
+    assert all(worker.wait(20) for worker in processes._workers)

@@ -60,8 +60,8 @@ def runs(small, tmp_path_factory):
         if mounted.returncode:
             return [mounted.stderr.strip()]
         try:
-            keys = ("steps=100000", "every=40", f"out={disk / 'run'}", "async_save=true")
-            command = Command(small, *keys).when(saved(40))
+            keys = ("steps=100000", "every=20", f"out={disk / 'run'}", "async_save=true")
+            command = Command(small, *keys).when(saved(20))
             with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
                 while ballast.write(bytes(100_000)):
                     pass
@@ -69,7 +69,7 @@ def runs(small, tmp_path_factory):
             newest = run_folder.newest_checkpoint(disk / "run" / "checkpoints")
             shutil.copytree(disk / "run", folder / "full", ignore=shutil.ignore_patterns("checkpoints"))
             (disk / "ballast").unlink()
-            command = Command(small, *keys).when(saved(newest[0] + 40))
+            command = Command(small, *keys).when(saved(newest[0] + 20))
             command.workers()[0].suspend()
             command.signal(signal.SIGTERM)
             time.sleep(0.3)
@@ -135,7 +135,7 @@ def test_a_disk_that_fills_while_training(runs):
     assert re.fullmatch(r"error: the disk is full: \S+: make space, the same command continues.*\n", full.error)
     assert f"from step {step}\n" in again.output
     assert again.code == 128 + signal.SIGTERM and again.orphans == []
-    assert int(re.search(r"continues from step (\d+)", again.output)[1]) >= step + 40
+    assert int(re.search(r"continues from step (\d+)", again.output)[1]) >= step + 20
     undisturbed, after = run_folder.read_records(runs.folder / "full")[0], figures(again.out)
     assert undisturbed[-1]["step"] > step  # steps that the second start made again
     for record in undisturbed:

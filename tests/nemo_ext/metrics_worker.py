@@ -1,11 +1,6 @@
-"""A tiny Llama trained through the real Trainer and MegatronStrategy; test_metrics_callback.py starts it with torchrun.
-
-Arguments: run folder, pipeline stages, tensor ranks, steps, the step whose weights become NaN (0: none). Each rank also writes
-what NeMo itself logged to reference<rank>.json.
-"""
+"""A tiny Llama trained through the real Trainer and MegatronStrategy, in each process of a group of test_metrics_callback.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import nemo_ext.platform
@@ -105,6 +100,7 @@ class Poison(pl.Callback):
 
 
 def main(run_dir: str, pp: int, tp: int, steps: int, poisoned: int) -> None:
+    """`poisoned` is the step whose weights become NaN; 0: none. Each rank writes what NeMo logged to reference<rank>.json."""
     torch.set_num_threads(1)
     shape = dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=VOCAB)
     unfused = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout", "apply_rope", "cross_entropy_loss")
@@ -147,7 +143,3 @@ def main(run_dir: str, pp: int, tp: int, steps: int, poisoned: int) -> None:
     )
     model = llm.LlamaModel(config, optim=optim)
     trainer.fit(model, datamodule=Data())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from nemo_processes import run_group
 
 import nemo_ext.platform
 from nemo_ext import run_folder
@@ -21,7 +20,6 @@ from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
 
 from nemo_ext.callbacks import metrics  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 100  # a step
 
 
@@ -311,28 +309,16 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
     assert Run(tmp_path, wandb="project").start() and calls[2]["id"] == "second"
 
 
-def train(run_dir: Path, pp: int, tp: int, steps: int, poisoned: int = 0) -> tuple[int, list[dict]]:
-    """A real run of tests/nemo_ext/metrics_worker.py; its exit code and what NeMo logged on each rank."""
-    world = pp * tp
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={world}",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-    ]
-    command += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("metrics_worker.py")), str(run_dir)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    with open(run_dir / "log", "w") as log:
-        result = subprocess.run(
-            [*command, *map(str, (pp, tp, steps, poisoned))], env=environment, stdout=log, stderr=log, timeout=300
-        )
-    return result.returncode, [json.loads((run_dir / f"reference{rank}.json").read_text()) for rank in range(world)]
+def train(*arguments) -> None:
+    """In each process of a group."""
+    import metrics_worker
+
+    metrics_worker.main(*arguments)
 
 
-def check(run_dir: Path, reference: dict, last: int) -> None:
-    """metrics.jsonl against NeMo's own figures up to step `last`."""
+def check(run_dir: Path, rank: int, last: int) -> None:
+    """metrics.jsonl against NeMo's own figures of a rank up to step `last`."""
+    reference = json.loads((run_dir / f"reference{rank}.json").read_text())
     training, validations = run_folder.read_records(run_dir)
     ours = [[r["step"], r["loss"], r["lr"], r["grad_norm"]] for r in training[:last]]
     assert len(ours) == last
@@ -345,22 +331,21 @@ def check(run_dir: Path, reference: dict, last: int) -> None:
 
 
 def test_one_process(tmp_path):
-    code, (reference,) = train(tmp_path, pp=1, tp=1, steps=5)
-    assert code == 0, (tmp_path / "log").read_text()[-3000:]
-    check(tmp_path, reference, last=5)
+    run_group(1, train, str(tmp_path), 1, 1, 5, 0, log=tmp_path / "log")
+    check(tmp_path, 0, last=5)
     assert steps(tmp_path) == [0, 1, 2, 3, 3, 4, 5]
     assert phase(tmp_path) == "finished"
     assert [r["tokens"] for r in run_folder.read_records(tmp_path)[0]] == [128, 256, 384, 512, 640]
 
 
 def test_two_pipeline_stages_that_end_in_nan_do_not_hang(tmp_path):
-    code, references = train(tmp_path, pp=2, tp=1, steps=50, poisoned=5)
-    assert code == 1
-    for reference in references:
-        check(tmp_path, reference, last=4)
+    with pytest.raises(AssertionError, match=r"exit codes \[1, 1\]"):
+        run_group(2, train, str(tmp_path), 2, 1, 50, 5, log=tmp_path / "log")
+    for rank in (0, 1):
+        check(tmp_path, rank, last=4)
     assert steps(tmp_path) == [0, 1, 2, 3, 3, 4, 5]
     status = run_folder.read_status(tmp_path)
     assert status["phase"] == "failed" and status["message"].startswith("loss is nan at step 5")
     log = (tmp_path / "log").read_text()
-    assert "[rank0]: nemo_ext.errors.RunError: gradient norm is nan at step 5" in log
-    assert "[rank1]: nemo_ext.errors.RunError: loss is nan at step 5" in log
+    assert "\nnemo_ext.errors.RunError: gradient norm is nan at step 5" in log
+    assert "\nnemo_ext.errors.RunError: loss is nan at step 5" in log

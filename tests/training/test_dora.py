@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_adapters import ALL, LR, SEQ, STEPS, rows, train_with_peft
+from test_adapters import ALL, BEGINNING, LR, SEQ, STEPS, rows, train_with_peft
 from test_layouts import assert_follows, assert_same, losses
 from torch import nn
 
@@ -54,7 +54,10 @@ def runs(train, chats):
         case("moe_one", SHORT, "moe_dora"),
         case("moe_one_recompute", {**SHORT, "recompute": "full"}, "moe_dora"),
     ]
-    two = [case("long_tp2", {**STEADY, "tp": 2, "sp": True}), case("moe_long_tp2", {**LONG, "tp": 2, "sp": True}, "moe_dora")]
+    two = [
+        case("long_tp2", {**STEADY, "tp": 2, "sp": True}, stop_at=BEGINNING),
+        case("moe_long_tp2", {**LONG, "tp": 2, "sp": True}, "moe_dora", stop_at=BEGINNING),
+    ]
     for name, keys in LAYOUTS.items():
         two.append(case(name, {**SHORT, **keys}, "moe_dora" if name.startswith("moe_") else "dora", probe=True))
     for method, prefix in (("dora", ""), ("moe_dora", "moe_")):
@@ -177,8 +180,8 @@ def test_twenty_steps_equal_peft(runs, models, chats, tokenizer):
     probe = torch.load(runs / "long" / "probe0.pt")
     model = peft_model(models["tied"]["hf"], probe, use_dora=True)
     theirs = train_with_peft(model, rows(chats, tokenizer, STEPS * 8), STEPS, lr=STEADY["lr"])
-    for name in ("long", "long_tp2"):
-        assert_follows(runs, name, theirs)
+    assert_follows(runs, "long", theirs)
+    assert_follows(runs, "long_tp2", theirs[:BEGINNING])
     assert theirs[-1][0] < theirs[0][0] - 0.2
 
 
@@ -197,10 +200,10 @@ def test_experts_equal_the_equations(runs, models, chats, tokenizer):
     model = mixture_model(models["tied"]["hf"], probe)
     assert [len(layer.mlp.up_proj.a) for layer in model.model.layers] == [1, 1, 3, 3]
     theirs = train_mixture(model, rows(chats, tokenizer, STEPS * 8), STEPS)
-    for name in ("moe_long", "moe_long_tp2"):
-        assert_follows(runs, name, [(loss, norm) for loss, norm, _ in theirs])
+    for name, steps in (("moe_long", STEPS), ("moe_long_tp2", BEGINNING)):
+        assert_follows(runs, name, [(loss, norm) for loss, norm, _ in theirs[:steps]])
         balance = {record["step"]: record["balance"] for record in run_folder.read_records(runs / name)[0]}
-        for step, (_, _, even) in enumerate(theirs, 1):
+        for step, (_, _, even) in enumerate(theirs[:steps], 1):
             assert balance[step] == pytest.approx(even, abs=1e-4), (name, step)
     assert theirs[-1][0] < theirs[0][0] - 0.2
     with torch.no_grad():

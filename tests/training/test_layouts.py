@@ -76,7 +76,10 @@ def runs(train):
            *again]  # fmt: skip
     one += [dict(name="no_evaluation", keys=dict(val_batches=0, profile=3))]
     one += [
-        dict(name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, global_batch=4)) for family in FAMILIES
+        dict(
+            name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, val_every=4, global_batch=2, val_batches=1)
+        )
+        for family in FAMILIES
     ]
     folder = train(one, 1)
     two = [dict(name=n, keys=k) for n, k in {**LAYOUTS, **OTHERS}.items()]
