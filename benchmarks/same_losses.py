@@ -1,14 +1,15 @@
 """Losses of our recipe beside those of the stock NeMo 2 recipe: the same weights, tokens, precision and optimizer, step by step.
 
     python benchmarks/same_losses.py size=1b precision=bf16 gpus=1 tokenizer=FOLDER out=benchmarks/results/same_losses.json
-    python benchmarks/same_losses.py size=1b precision=fp8 gpus=1 cuda_graphs=true tokenizer=FOLDER out=RESULTS.json
+    python benchmarks/same_losses.py size=1b precision=fp8 tokenizer=FOLDER also= also="output_layer=fp8" out=RESULTS.json
 
 Ours runs through the launcher (`steps=` 50); stock then takes that run's shape, data and optimizer and draws the weights from the
 same seed, so that the first losses agree to rounding. Everything else is each one's own: kernels, fusions, overlap, precision.
 Stock then runs again: on a GPU its sums have no fixed order, so that this is what two equal runs differ by. The rate rises in all
 of the steps, because weights that were just drawn make much of little at a rate that is full at once.
 `size=smoke seq=128 global_batch=2` runs on a CPU; `precision=fp32` shows there what is not rounding. Written: the rows of
-losses, the largest and the mean difference as a share of stock's loss, and both for stock's two. Other keys go to our recipe.
+losses, the largest and the mean difference as a share of stock's loss, and both for stock's two. Other keys go to our recipe;
+each `also=` is one more run of ours with its keys besides, compared with the same two of stock (none: the noise of ours).
 """
 
 from __future__ import annotations
@@ -63,23 +64,37 @@ def _run(command: list[str], **environment: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments)
+    pairs = [argument.split("=", 1) for argument in arguments]
+    given = {name: value for name, value in pairs if name != "also"}
+    also = [dict(each.split("=", 1) for each in value.split()) for name, value in pairs if name == "also"]
     out = Path(given.pop("out"))
-    keys = {**KEYS, **given}
-    with tempfile.TemporaryDirectory() as folder:
-        mine = ours(keys, Path(folder) / "run")
-        theirs, again = (stock(Path(folder) / "run", Path(folder) / f"stock{number}.json") for number in range(2))
-    assert len(mine) == len(theirs) == len(again) == int(keys["steps"])
-    row = {"keys": {name: value for name, value in keys.items() if name != "tokenizer"}, "ours": mine, "stock": theirs,
-           "stock_again": again, **differences(mine, theirs), "of_two_stock": differences(again, theirs),
-           "date": datetime.date.today().isoformat(), "gpu": machine.device(), "versions": machine.versions()}  # fmt: skip
-    name = " ".join([keys["size"], keys["precision"], *(f"{key}={value}" for key, value in given.items()
-                                                        if key not in ("size", "precision", "tokenizer"))])  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        runs = [({**given, **more}, folder / f"run{number}") for number, more in enumerate([{}, *also])]
+        found = [ours({**KEYS, **keys}, each) for keys, each in runs]
+        theirs, again = (stock(folder / "run0", folder / f"stock{number}.json") for number in range(2))
+    rows = {}
+    for (keys, _), mine in zip(runs, found, strict=True):
+        others = [f"{key}={value}" for key, value in keys.items() if key not in ("size", "precision", "tokenizer")]
+        row = compared(mine, theirs, again, {**KEYS, **keys})
+        name = " ".join([row["keys"]["size"], row["keys"]["precision"], *others])
+        name = f"{name} again" if machine.on(name) in rows else name
+        rows[machine.on(name)] = row
+        shown = {key: row[key] for key in ("first", "largest", "mean", "of_two_stock")}
+        print(name, json.dumps(shown), f"{mine[0]:.4f} -> {mine[-1]:.4f}", flush=True)
     held = json.loads(out.read_text()) if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**held, machine.on(name): row}, indent=1) + "\n")
-    found = {key: row[key] for key in ("first", "largest", "mean", "of_two_stock")}
-    print(name, json.dumps(found), f"{mine[0]:.4f} -> {mine[-1]:.4f}", flush=True)
+    out.write_text(json.dumps({**held, **rows}, indent=1) + "\n")
+
+
+def compared(mine: list[float], theirs: list[float], again: list[float], keys: dict[str, str]) -> dict[str, object]:
+    """A row of the results."""
+    assert len(mine) == len(theirs) == len(again) == int(keys["steps"])
+    return {
+        "keys": {name: value for name, value in keys.items() if name != "tokenizer"}, "ours": mine, "stock": theirs,
+        "stock_again": again, **differences(mine, theirs), "of_two_stock": differences(again, theirs),
+        "date": datetime.date.today().isoformat(), "gpu": machine.device(), "versions": machine.versions(),
+    }  # fmt: skip
 
 
 def differences(losses: list[float], reference: list[float]) -> dict[str, float]:

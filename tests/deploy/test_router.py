@@ -146,7 +146,7 @@ def test_what_passes_through(routed, fakes, tmp_path):
 
 
 def test_limits(routed):
-    router = routed(*AB, keys=Keys(["k"]), body_bytes=2000, body_seconds=0.3)
+    router = routed(*AB, keys=Keys(["k"]), body_bytes=2000, body_seconds=1)
     post = f"{router.url}/v1/completions"
     assert httpx.post(post, json={}).status_code == 401
     good = {"authorization": "Bearer k"}
@@ -157,12 +157,12 @@ def test_limits(routed):
     assert httpx.get(post, headers=good).status_code == 405 and httpx.get(f"{router.url}/other").status_code == 404
     with socket.create_connection(("127.0.0.1", int(router.url.rsplit(":", 1)[1]))) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\ncontent-length: 100\r\n\r\n{")
-        slow.settimeout(5)
+        slow.settimeout(20)
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
     for path in (b"/v1/../secret", b"/v1/%2e%2e/secret"):  # httpx would tidy them
         with socket.create_connection(("127.0.0.1", int(router.url.rsplit(":", 1)[1]))) as raw:
             raw.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\ncontent-length: 2\r\n\r\n{}" % path)
-            raw.settimeout(5)
+            raw.settimeout(20)
             assert raw.recv(100).startswith(b"HTTP/1.1 404")
     assert httpx.get(f"{router.url}/health").status_code == httpx.get(f"{router.url}/ready").status_code == 200
 
@@ -371,12 +371,12 @@ def test_shadows(routed, fakes):
 
 def test_a_shadow_that_hangs_costs_nothing(routed, fakes):
     router = routed(
-        "versions.a.url={0}", "versions.b.url={1}", "versions.b.shadow=1", "shadow_running=3", "shadow_timeout=1.5"
+        "versions.a.url={0}", "versions.b.url={1}", "versions.b.shadow=1", "shadow_running=3", "shadow_timeout=5"
     )  # fmt: skip
     b = fakes[0][1]
     b.mode, began = "hang", time.monotonic()
     assert {router.answered_by() for _ in range(20)} == {"a"}
-    assert time.monotonic() - began < 1.4  # none waited for a shadow
+    assert time.monotonic() - began < 4.8  # none waited for a shadow
     assert len(b.seen) <= 3 and router.figure('shadow_requests_total{status="dropped",version="b"}') == 17
     wait_until(lambda: router.figure('shadow_requests_total{status="late",version="b"}') == 3)
     wait_until(lambda: not b.running)

@@ -22,14 +22,14 @@ def events(response: httpx.Response) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def wait_until_idle(engine, seconds: float = 10.0) -> None:
+def wait_until_idle(engine, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while (stats := engine.stats()).running or stats.waiting:
         assert time.monotonic() < deadline, stats
         time.sleep(0.01)
 
 
-def wait_until_alone(served, seconds: float = 20.0) -> None:
+def wait_until_alone(served, seconds: float = 60.0) -> None:
     """Until the server works on nothing, and only the fixture's own client may be connected."""
     state, deadline = served.server.server_state, time.monotonic() + seconds
     while len(state.connections) > 1 or state.tasks or served.service.open:
@@ -375,11 +375,11 @@ def test_an_answer_that_nobody_takes_is_dropped(monkeypatch):
 
         server = await loop.create_server(Writes, "127.0.0.1", 0)
         with socket.create_connection(server.sockets[0].getsockname()):
-            await asyncio.wait_for(gone.wait(), 10)
+            await asyncio.wait_for(gone.wait(), 60)
         server.close()
         return time.monotonic() - began
 
-    assert 0.2 <= asyncio.run(lost()) < 5
+    assert 0.2 <= asyncio.run(lost()) < 30
 
 
 def test_too_many_connections(engine):
@@ -400,7 +400,7 @@ def test_too_many_connections(engine):
             assert httpx.get(served.url + "/health").status_code == 200
         for client in idle + more:
             client.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while served.server.server_state.connections:
             assert time.monotonic() < deadline
             time.sleep(0.01)

