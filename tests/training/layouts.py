@@ -16,7 +16,7 @@ from unittest import mock
 from nemo_processes import run_group
 
 # Of all cases, which change them.
-KEYS = dict(device="cpu", seq=64, global_batch=8, micro_batch=2, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=2,
+KEYS = dict(device="cpu", seq=64, global_batch=8, micro_batch=4, steps=6, lr=1e-3, warmup=2, val_every=3, val_batches=1,
             every=100, precision="fp32", tensorboard=False)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from nemo_ext import run_folder
 from nemo_ext.schedule import schedule_factor
 
 STEPS, SEQ, LR = 20, 64, 1e-2
-COMMON = dict(seq=SEQ, lr=LR, micro_batch=4, val_every=20, val_batches=1)
+COMMON = dict(seq=SEQ, lr=LR, val_every=20)
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 1_000}
 ADALORA = dict(init_rank=4, target_rank=2, alpha=32.0, rank_warmup=3, rank_final=5, delta_t=2, orthogonality=0.3)
 SHORT = dict(init_rank=4, target_rank=2, alpha=8.0, rank_warmup=1, rank_final=1, delta_t=1, orthogonality=0.3)

@@ -16,15 +16,15 @@ from nemo_ext.schedule import schedule_factor
 STEPS, SEQ, LR = 20, 64, 1e-2
 BEGINNING = 6  # steps of the same schedule, for layouts that take long on few cores
 RECIPE = dict(recipe="lora_llama3", model="tied")
-COMMON = dict(seq=SEQ, lr=LR, rank=4, alpha=8.0, val_every=20, val_batches=2)
+COMMON = dict(seq=SEQ, lr=LR, rank=4, alpha=8.0, val_every=20)
 SHORT = dict(COMMON, steps=6, pack=True)
 BUCKETS = {"trainer.strategy.ddp.bucket_size": 1_000}
 LAYOUTS = {
     "tp2_sp": dict(tp=2, sp=True),
     "pp2": dict(pp=2),
     "pp2_vp2": dict(pp=2, vp=2),
-    "dp2": dict(distributed_optimizer=False, overlap=False),
-    "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True),
+    "dp2": dict(distributed_optimizer=False, overlap=False, micro_batch=2),
+    "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True, micro_batch=2),
     "pp2_recompute": dict(pp=2, recompute="full"),
 }
 VARIANTS = {

@@ -14,7 +14,7 @@ from torch import nn
 from nemo_ext import run_folder
 from nemo_ext.architecture import Architecture
 
-COMMON = dict(seq=SEQ, lr=LR, rank=4, alpha=8.0, val_every=20, val_batches=2)
+COMMON = dict(seq=SEQ, lr=LR, rank=4, alpha=8.0, val_every=20)
 LONG = dict(COMMON, steps=STEPS, pack=False)
 STEADY = dict(LONG, lr=LR / 2)  # at LR the gradient norm jumps from 0.4 to 5 in step 11, and differences of rounding with it
 SHORT = dict(COMMON, steps=4, pack=True, rank=3)  # which no layout divides
@@ -26,9 +26,9 @@ PATTERNS = dict(
 EXPERTS = dict(experts=3, top_k=2, top_layers=2, balance=0.5)
 LAYOUTS = {
     "pp2_vp2": dict(pp=2, vp=2),
-    "dp2": dict(distributed_optimizer=True, overlap=True),
+    "dp2": dict(distributed_optimizer=True, overlap=True, micro_batch=2),
     "moe_tp2": dict(tp=2, sp=False),  # whose lower layers are plain
-    "moe_dp2": dict(distributed_optimizer=True, overlap=True),
+    "moe_dp2": dict(distributed_optimizer=True, overlap=True, micro_batch=2),
 }
 PLACES = {"adapter_q": "q_proj", "adapter_k": "k_proj", "adapter_v": "v_proj", "adapter_gate": "gate_proj",
           "adapter_up": "up_proj", "linear_proj": "o_proj", "linear_fc2": "down_proj"}  # fmt: skip

@@ -11,7 +11,7 @@ from nemo_ext import faults, report, run_folder
 from nemo_ext.callbacks.stragglers import PERSISTENT, WINDOW, Stragglers, ratios
 from nemo_ext.callbacks.watchdog import late
 
-KEYS = dict(steps=8, every=4, keep=3, val_every=8)
+KEYS = dict(steps=8, every=4, keep=3, val_every=8, micro_batch=2)
 BY_HAND = {**KEYS, "keep": 0}
 SKIP = {**KEYS, "on_nan": "skip", "keep": 0}
 ROLL_BACK = {**KEYS, "on_nan": "rollback"}

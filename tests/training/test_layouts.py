@@ -17,8 +17,8 @@ LAYOUTS = {
     "tp2_sp": dict(tp=2, sp=True),
     "pp2": dict(pp=2),
     "pp2_vp2": dict(pp=2, vp=2),
-    "dp2": dict(distributed_optimizer=False, overlap=False),
-    "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True),
+    "dp2": dict(distributed_optimizer=False, overlap=False, micro_batch=2),
+    "dp2_distributed_optimizer": dict(distributed_optimizer=True, overlap=True, micro_batch=2),
 }
 RESUMED_AT = [name for name in LAYOUTS if name != "dp2"]  # which has another optimizer: refused when a folder is continued
 # Many gradient buckets, whose ends are padded: upstream shifts the optimizer states of all but the first when it saves them.
@@ -77,7 +77,7 @@ def runs(train):
     one += [dict(name="no_evaluation", keys=dict(val_batches=0, profile=3))]
     one += [
         dict(
-            name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, val_every=4, global_batch=2, val_batches=1)
+            name=family, recipe=f"pretrain_{family}", keys=dict(size="smoke", steps=4, val_every=4, global_batch=2, micro_batch=2)
         )
         for family in FAMILIES
     ]
