@@ -69,22 +69,23 @@ def main(arguments: list[str]) -> None:
     also = [dict(each.split("=", 1) for each in value.split()) for name, value in pairs if name == "also"]
     out = Path(given.pop("out"))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        runs = [({**given, **more}, folder / f"run{number}") for number, more in enumerate([{}, *also])]
-        found = [ours({**KEYS, **keys}, each) for keys, each in runs]
-        theirs, again = (stock(folder / "run0", folder / f"stock{number}.json") for number in range(2))
-    rows = {}
-    for (keys, _), mine in zip(runs, found, strict=True):
-        others = [f"{key}={value}" for key, value in keys.items() if key not in ("size", "precision", "tokenizer")]
-        row = compared(mine, theirs, again, {**KEYS, **keys})
-        name = " ".join([row["keys"]["size"], row["keys"]["precision"], *others])
-        name = f"{name} again" if machine.on(name) in rows else name
-        rows[machine.on(name)] = row
-        shown = {key: row[key] for key in ("first", "largest", "mean", "of_two_stock")}
-        print(name, json.dumps(shown), f"{mine[0]:.4f} -> {mine[-1]:.4f}", flush=True)
-    held = json.loads(out.read_text()) if out.exists() else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**held, **rows}, indent=1) + "\n")
+        folder, reference, rows = Path(temporary), [], {}
+        for number, more in enumerate([{}, *also]):
+            changed = {**given, **more}
+            keys = {**KEYS, **changed}
+            mine = ours(keys, folder / f"run{number}")
+            reference = reference or [stock(folder / "run0", folder / f"stock{again}.json") for again in range(2)]
+            row = compared(mine, *reference, keys)
+            others = [f"{key}={value}" for key, value in changed.items() if key not in ("size", "precision", "tokenizer")]
+            name = machine.on(" ".join([keys["size"], keys["precision"], *others]))
+            while name in rows:
+                name = f"{name} again"
+            rows[name] = row
+            shown = {key: row[key] for key in ("first", "largest", "mean", "of_two_stock")}
+            print(name, json.dumps(shown), f"{mine[0]:.4f} -> {mine[-1]:.4f}", flush=True)
+            held = json.loads(out.read_text()) if out.exists() else {}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({**held, name: row}, indent=1) + "\n")
 
 
 def compared(mine: list[float], theirs: list[float], again: list[float], keys: dict[str, str]) -> dict[str, object]:

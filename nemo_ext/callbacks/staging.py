@@ -1,13 +1,17 @@
 """Checkpoints copied to host memory behind the next training step, and written from there by a process of their own.
 
 Megatron's asynchronous save copies a GPU's part to host memory, allocated for it, and forks a writer; training waits for all
-three. What is saved does not change before the next optimizer step. So the copies are put on a stream of their own, into
-page-locked memory that stays, forward and backward passes run beside them, and the optimizer step waits for them on the GPU. A
-thread forks the writer when they are done.
+three. What is saved does not change before the next optimizer step. So a thread copies it, on a stream of its own, into
+page-locked memory that stays, while forward and backward passes run; the optimizer step waits for it, and then the thread forks
+the writer.
+
+With one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) a copy that waits for the one before it also holds up every kernel that
+was launched after it. So the thread starts one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -73,10 +77,9 @@ class Staging:
 
     def __init__(self) -> None:
         self.size = 0  # bytes of the last checkpoint's part
-        self.copy_seconds: float | None = None
+        self.copy_seconds = 0.0
         self._memory: Memory | None = None
-        self._copied: torch.cuda.Event | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._copies: Future | None = None
         self._tasks: queue.SimpleQueue[tuple[Future, Callable, tuple]] = queue.SimpleQueue()
         self._device = torch.cuda.current_device() if has_cuda() else None
         threading.Thread(target=self._work, name="checkpoints", daemon=True).start()
@@ -109,44 +112,38 @@ class Staging:
         return self._memory
 
     def copy(self, buckets: list) -> list:
-        """Megatron's write buckets with their tensors in host memory: there already (CPU), or when `finish` returns."""
-        tensors = [tensor for _, _, (_, data) in buckets for _, tensor in data]
+        """Megatron's write buckets with their tensors in host memory, where they are once `wait` has returned."""
+        tensors = [tensor.detach() for _, _, (_, data) in buckets for _, tensor in data]
         offsets, self.size = [], 0
         for tensor in tensors:
             offsets.append(self.size)
             self.size += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
         memory = self.submit(self.hold, self.size).result()
-        whole = torch.frombuffer(memory.bytes, dtype=torch.uint8)
+        ready = None
         if has_cuda():
-            self._stream = self._stream or torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            begin = torch.cuda.Event(enable_timing=True)
-            begin.record(self._stream)
-            with torch.cuda.stream(self._stream):
-                kept = [_copy(tensor, whole, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
-            self._copied = torch.cuda.Event(enable_timing=True, blocking=True)
-            self._copied.record(self._stream)
-            self._begin, self._kept = begin, kept
-        else:
-            for tensor, offset in zip(tensors, offsets, strict=True):
-                _copy(tensor, whole, offset)
+            ready = torch.cuda.Event(blocking=True)
+            ready.record()
+        self._copies = self.submit(self._copy_all, memory, tensors, offsets, ready)
         places = iter(offsets)
         return [
             (file, key, (data, [(item, memory.tensor(tensor, next(places))) for item, tensor in held]))
             for file, key, (data, held) in buckets
         ]
 
-    def before_change(self) -> None:
-        """Let the GPU's current stream wait for the copies: what was saved may change after it. The process does not wait."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
+    def _copy_all(self, memory: Memory, tensors: list[torch.Tensor], offsets: list[int], ready: torch.cuda.Event | None) -> None:
+        if ready is not None:
+            ready.synchronize()
+        begun = time.monotonic()
+        whole = torch.frombuffer(memory.bytes, dtype=torch.uint8)
+        with torch.cuda.stream(torch.cuda.Stream()) if has_cuda() else contextlib.nullcontext():
+            for tensor, offset in zip(tensors, offsets, strict=True):
+                _copy(tensor, whole, offset)
+        self.copy_seconds = time.monotonic() - begun
 
-    def finish(self) -> None:
-        """Wait for the copies."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            self.copy_seconds = self._begin.elapsed_time(self._copied) / 1000
-            self._kept = None
+    def wait(self) -> None:
+        """Wait for the copies: what was saved may change then."""
+        if self._copies is not None:
+            self._copies.result()
 
     def written(self) -> None:
         """The last checkpoint is on the disk. Memory that is not page-locked is given back: making it again costs little."""
@@ -169,16 +166,14 @@ class StagedCaller(AsyncCaller):
         self._writing = self.staging.submit(self._write, async_req.async_fn, async_req.async_fn_args)
 
     def _write(self, function: Callable, arguments: tuple) -> None:
-        started = time.monotonic()
-        self.staging.finish()
+        self.staging.wait()  # what was not copied is not written
         writer = multiprocessing.get_context("fork").Process(target=function, args=arguments)
         forking = time.monotonic()
         writer.start()
         forked = time.monotonic()
         writer.join()
-        on_gpu = "" if self.staging.copy_seconds is None else f" ({self.staging.copy_seconds:.2f} s of it on the GPU)"
         print(
-            f"checkpoint: {self.staging.size / 1e9:.2f} GB copied in {forking - started:.2f} s{on_gpu}, writer forked in "
+            f"checkpoint: {self.staging.size / 1e9:.2f} GB copied in {self.staging.copy_seconds:.2f} s, writer forked in "
             f"{forked - forking:.2f} s, written in {time.monotonic() - forked:.2f} s",
             flush=True,
         )
@@ -231,17 +226,16 @@ class StagedCalls(AsyncCallsQueue):
             self.seconds = time.monotonic() - started
 
 
-def _copy(tensor: torch.Tensor, into: torch.Tensor, offset: int) -> torch.Tensor:
-    """Copy a tensor's bytes into `into` [bytes] from `offset`, without waiting; returns what must live until they are.
-
-    No copy crosses from one page-locked piece into the next.
-    """
-    source = tensor.detach().contiguous()
-    flat = source.view(-1).view(torch.uint8)
+def _copy(tensor: torch.Tensor, into: torch.Tensor, offset: int) -> None:
+    """Copy a tensor's bytes into `into` [bytes] from `offset`. No copy crosses from one page-locked piece into the next."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
     done = 0
     while done < len(flat):
         here = offset + done
         size = min(len(flat) - done, LOCKED_AT_ONCE - here % LOCKED_AT_ONCE)
         into[here : here + size].copy_(flat[done : done + size], non_blocking=True)
+        if flat.is_cuda:
+            copied = torch.cuda.Event(blocking=True)
+            copied.record()
+            copied.synchronize()
         done += size
-    return source
