@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from nemo_ext import run_folder
 from nemo_ext.callbacks import sinks
@@ -29,8 +30,8 @@ class MetricsCallback(pl.Callback):
     already means over the global batch (Megatron's loss reduction runs over the data-parallel group), so nothing is gathered;
     the gradient norm is the whole model's on every rank.
 
-    On a GPU a step's line is written while the next step runs, when its loss has long been computed, so that reading it does
-    not stall the device. Validation, saving and the end write what is pending. A resumed run first drops the lines after the
+    On a GPU a step's loss is copied behind the step, and its line written when the next one ends: nothing waits for the device.
+    Validation, saving and the end write what is pending. A resumed run first drops the lines after the
     step it resumes from.
 
     A gradient norm that is not finite raises `RunError` on every rank in the same step (all ranks have the same norm), a loss
@@ -87,7 +88,7 @@ class MetricsCallback(pl.Callback):
         self._lr: float | None = None
         self._grad_norm: float | None = None
         self._mark: float | None = None  # when the running step began
-        self._pending: tuple[dict[str, Any], Any] | None = None  # a step's record and its loss, still on the device
+        self._pending: tuple[dict[str, Any], Any] | None = None  # a step's record and its loss, on its way to the host
         self._val_losses: list[Any] = []
         self._sinks: list[sinks.Sink] = []
 
@@ -138,11 +139,11 @@ class MetricsCallback(pl.Callback):
             }
             for callback in trainer.callbacks:
                 record |= getattr(callback, "figures", {})
-            self._pending = record, loss
+            self._pending = record, Arriving(loss) if loss.is_cuda else loss
         if self.stop_on_nan and self._grad_norm is not None and not math.isfinite(self._grad_norm):
             self._flush(final=True)
             raise _not_finite("gradient norm", self._grad_norm, step)
-        if self._pending and not self._pending[1].is_cuda:
+        if self._pending and not isinstance(self._pending[1], Arriving):
             self._flush()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -261,6 +262,19 @@ class MetricsCallback(pl.Callback):
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+
+
+class Arriving:
+    """A number of a GPU, copied to the host behind what runs there now. Reading it waits for that, not for what came after it."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def __float__(self) -> float:
+        self._copied.synchronize()
+        return float(self._value)
 
 
 def _roles(trainer: pl.Trainer) -> tuple[bool, bool]:

@@ -12,6 +12,7 @@ from nemo_processes import run_group
 import nemo_ext.platform
 from nemo_ext import run_folder
 from nemo_ext.errors import RunError, UserError
+from nemo_ext.platform import hardware
 
 nemo_ext.platform.activate()
 
@@ -49,6 +50,16 @@ class DeviceLoss:
     def __float__(self):
         DeviceLoss.read += 1
         return self.value
+
+
+class Arriving:
+    """Its way to the host."""
+
+    def __init__(self, loss: DeviceLoss) -> None:
+        self.loss = loss
+
+    def __float__(self):
+        return float(self.loss)
 
 
 class Run:
@@ -188,7 +199,8 @@ def test_validation_batches_count_by_their_tokens(tmp_path):
     assert run_folder.read_records(tmp_path)[1][0]["val_loss"] == pytest.approx(2.0)
 
 
-def test_on_a_gpu_the_loss_is_read_a_step_later(tmp_path):
+def test_on_a_gpu_the_loss_is_read_a_step_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "Arriving", Arriving)
     run = Run(tmp_path).start()
     run.train(DeviceLoss(1.0))
     assert DeviceLoss.read == 0 and not (tmp_path / "metrics.jsonl").exists()
@@ -199,6 +211,19 @@ def test_on_a_gpu_the_loss_is_read_a_step_later(tmp_path):
     run.train(DeviceLoss(3.0))
     run.end()
     assert steps(tmp_path) == [1, 2, 3] and DeviceLoss.read == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hardware.has_cuda(), reason="needs a CUDA GPU")
+def test_reading_a_loss_does_not_wait_for_what_came_after_it():
+    loss = torch.full((), 2.5, device="cuda")
+    torch.cuda.synchronize()
+    arriving = metrics.Arriving(loss)
+    loss.zero_()
+    torch.cuda._sleep(2_000_000_000)  # clock cycles: a second
+    after = torch.cuda.Event()
+    after.record()
+    assert float(arriving) == 2.5 and not after.query()
 
 
 def test_log_every_keeps_saved_validated_and_last_steps(tmp_path):
