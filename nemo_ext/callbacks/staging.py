@@ -152,10 +152,10 @@ class Staging:
 
 
 class StagedCaller(AsyncCaller):
-    """One checkpoint of Megatron's asynchronous save, through `Staging`."""
+    """One checkpoint of Megatron's asynchronous save, through `Staging`. `group` is of all processes, on gloo."""
 
-    def __init__(self, staging: Staging):
-        self.staging, self._writing = staging, None
+    def __init__(self, staging: Staging, group: torch.distributed.ProcessGroup | None = None):
+        self.staging, self.group, self._writing = staging, group, None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         """Start the copies, and let the writer be forked when they are done."""
@@ -193,6 +193,12 @@ class StagedCaller(AsyncCaller):
             self._writing = None
         return done or blocking
 
+    def sync_all_async_calls(self, is_alive: int) -> bool:
+        """Whether no process is `is_alive`. Asked after every step: on the hosts, behind none of the GPU's work."""
+        alive = torch.tensor([is_alive], dtype=torch.int32)
+        torch.distributed.all_reduce(alive, group=self.group)
+        return alive.item() == 0
+
     def close(self, abort: bool = False) -> None:
         """Nothing is left open: the writer ends by itself, or with this process."""
 
@@ -201,11 +207,15 @@ class StagedCaller(AsyncCaller):
 
 
 class StagedCalls(AsyncCallsQueue):
-    """Megatron's queue of asynchronous saves, each by a `StagedCaller`. `seconds` is what the last one took to schedule."""
+    """Megatron's queue of asynchronous saves, each by a `StagedCaller`. `seconds` is what the last one took to schedule.
+
+    Made on all processes together.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.staging, self.seconds = Staging(), 0.0
+        self.group = torch.distributed.new_group(backend="gloo")
 
     def prepare(self, size: int) -> Future:
         """Have memory for `size` bytes, and the queue of what the writers report, made ready while training goes on. The result
@@ -215,7 +225,7 @@ class StagedCalls(AsyncCallsQueue):
         return memory
 
     def _get_async_caller(self) -> AsyncCaller:
-        return StagedCaller(self.staging)
+        return StagedCaller(self.staging, self.group)
 
     def schedule_async_request(self, async_request: AsyncRequest) -> int:
         """As upstream's."""
