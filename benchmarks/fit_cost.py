@@ -138,8 +138,10 @@ def _steps() -> list[Row]:
         balanced = not older and case.get("balance_stages") != "false"
         request, layout = _request(_kind(row["gpu"]), shape, case, **more), _layout(case, recompute, balanced)
         reason = ", ".join(sorted(set(case) - KEYS))
-        if more and (older or more["nf4"]):
+        if more and older:
             reason = ONE_BY_ONE
+        elif more and more["nf4"]:
+            reason = "dequantization"
         elif older:
             reason = f"before {CURRENT}"
         found.append(Row(name, shape, request, layout, row["ours"]["step_seconds"], fused=not older, left_out=reason))

@@ -32,14 +32,14 @@ class Constants:
 
 
 FITTED = Constants(  # by benchmarks/fit_cost.py write=true
-    products=0.722,
-    fp8=0.685,
-    attention_64=0.323,
+    products=0.72,
+    fp8=0.686,
+    attention_64=0.324,
     attention_128=0.391,
-    memory=0.622,
-    link=0.416,
-    adapter=3.31,
-    handover=0.00194,
+    memory=0.638,
+    link=0.408,
+    adapter=3.48,
+    handover=0.00205,
     host_layer=0.00517,
     host_weights=0.00279,
     host_adapter=0.005,
