@@ -10,6 +10,8 @@ of the steps, because weights that were just drawn make much of little at a rate
 `size=smoke seq=128 global_batch=2` runs on a CPU; `precision=fp32` shows there what is not rounding. Written: the rows of
 losses, the largest and the mean difference as a share of stock's loss, and both for stock's two. Other keys go to our recipe;
 each `also=` is one more run of ours with its keys besides, compared with the same two of stock (none: the noise of ours).
+`stock=ROW` takes a row's two runs of stock instead of new ones. With NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment runs
+repeat themselves bit for bit, and their rows are named deterministic.
 """
 
 from __future__ import annotations
@@ -67,9 +69,11 @@ def main(arguments: list[str]) -> None:
     pairs = [argument.split("=", 1) for argument in arguments]
     given = {name: value for name, value in pairs if name != "also"}
     also = [dict(each.split("=", 1) for each in value.split()) for name, value in pairs if name == "also"]
-    out = Path(given.pop("out"))
+    out, known = Path(given.pop("out")), given.pop("stock", None)
+    reference = [json.loads(out.read_text())[known][name] for name in ("stock", "stock_again")] if known else []
+    repeats = ["deterministic"] if os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0" else []
     with tempfile.TemporaryDirectory() as temporary:
-        folder, reference, rows = Path(temporary), [], {}
+        folder, rows = Path(temporary), {}
         for number, more in enumerate([{}, *also]):
             changed = {**given, **more}
             keys = {**KEYS, **changed}
@@ -77,7 +81,7 @@ def main(arguments: list[str]) -> None:
             reference = reference or [stock(folder / "run0", folder / f"stock{again}.json") for again in range(2)]
             row = compared(mine, *reference, keys)
             others = [f"{key}={value}" for key, value in changed.items() if key not in ("size", "precision", "tokenizer")]
-            name = machine.on(" ".join([keys["size"], keys["precision"], *others]))
+            name = machine.on(" ".join([keys["size"], keys["precision"], *others, *repeats]))
             while name in rows:
                 name = f"{name} again"
             rows[name] = row

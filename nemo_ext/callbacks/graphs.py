@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -17,8 +18,32 @@ class StepGraph(Callback):
     those of Megatron-Core 0.15.3 refuse what the first ones made of it.
     """
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        order_copies()
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.config.enable_cuda_graph, pl_module.config.cuda_graph_scope = True, "full_iteration"
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.config.enable_cuda_graph = False
+
+
+def order_copies() -> None:
+    """Let a step's batches be copied to where the graph reads them only after the graph of the step before has read its own.
+
+    The stream on which Megatron-Core 0.15.3 copies waits for nothing. Where nothing else makes the host wait in a step (here
+    the gradient norm does), tokens and labels would be overwritten under a graph that still reads them, without an error.
+    """
+    import torch
+    from megatron.core.full_cuda_graph import StaticBufferLoader
+
+    upstream = StaticBufferLoader.__call__
+    if hasattr(upstream, "__wrapped__"):
+        return
+
+    @functools.wraps(upstream)
+    def load(self, *arguments, **keywords):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        return upstream(self, *arguments, **keywords)
+
+    StaticBufferLoader.__call__ = load
