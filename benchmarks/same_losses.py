@@ -70,7 +70,10 @@ def main(arguments: list[str]) -> None:
     given = {name: value for name, value in pairs if name != "also"}
     also = [dict(each.split("=", 1) for each in value.split()) for name, value in pairs if name == "also"]
     out, known = Path(given.pop("out")), given.pop("stock", None)
-    reference = [json.loads(out.read_text())[known][name] for name in ("stock", "stock_again")] if known else []
+    held = json.loads(out.read_text()) if out.exists() else {}
+    if known and "stock_again" not in held.get(known, {}):
+        raise SystemExit(f"stock={known}: {out} has no such row with two runs of stock")
+    reference = [held[known]["stock"], held[known]["stock_again"]] if known else []
     repeats = ["deterministic"] if os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0" else []
     with tempfile.TemporaryDirectory() as temporary:
         folder, rows = Path(temporary), {}
