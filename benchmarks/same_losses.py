@@ -10,8 +10,8 @@ of the steps, because weights that were just drawn make much of little at a rate
 `size=smoke seq=128 global_batch=2` runs on a CPU; `precision=fp32` shows there what is not rounding. Written: the rows of
 losses, the largest and the mean difference as a share of stock's loss, and both for stock's two. Other keys go to our recipe;
 each `also=` is one more run of ours with its keys besides, compared with the same two of stock (none: the noise of ours).
-`stock=ROW` takes a row's two runs of stock instead of new ones. With NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment runs
-repeat themselves bit for bit, and their rows are named deterministic.
+`stock=ROW` takes the two runs of stock of a row of the same KEYS instead of new ones. With NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the
+environment runs repeat themselves bit for bit, and their rows are named deterministic.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ def main(arguments: list[str]) -> None:
     given = {name: value for name, value in pairs if name != "also"}
     also = [dict(each.split("=", 1) for each in value.split()) for name, value in pairs if name == "also"]
     out, known = Path(given.pop("out")), given.pop("stock", None)
-    held = json.loads(out.read_text()) if out.exists() else {}
-    if known and "stock_again" not in held.get(known, {}):
-        raise SystemExit(f"stock={known}: {out} has no such row with two runs of stock")
-    reference = [held[known]["stock"], held[known]["stock_again"]] if known else []
+    reference = stock_of(out, known, {**KEYS, **given}) if known else []
     repeats = ["deterministic"] if os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0" else []
     with tempfile.TemporaryDirectory() as temporary:
         folder, rows = Path(temporary), {}
@@ -93,6 +90,16 @@ def main(arguments: list[str]) -> None:
             held = json.loads(out.read_text()) if out.exists() else {}
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps({**held, name: row}, indent=1) + "\n")
+
+
+def stock_of(results: Path, name: str, keys: dict[str, str]) -> list[list[float]]:
+    """Both runs of stock of a row. Raises SystemExit where there are none, or of another shape, data or optimizer."""
+    row = json.loads(results.read_text()).get(name, {}) if results.exists() else {}
+    if "stock_again" not in row:
+        raise SystemExit(f"stock={name}: {results} has no such row with two runs of stock")
+    if unlike := [f"{key}={row['keys'].get(key)}" for key in KEYS if row["keys"].get(key) != keys[key]]:
+        raise SystemExit(f"stock={name}: that row has {', '.join(unlike)}")
+    return [row["stock"], row["stock_again"]]
 
 
 def compared(mine: list[float], theirs: list[float], again: list[float], keys: dict[str, str]) -> dict[str, object]:

@@ -31,8 +31,9 @@ class StepGraph(Callback):
 def order_copies() -> None:
     """Let a step's batches be copied to where the graph reads them only after the graph of the step before has read its own.
 
-    The stream on which Megatron-Core 0.15.3 copies waits for nothing. Where nothing else makes the host wait in a step (here
-    the gradient norm does), tokens and labels would be overwritten under a graph that still reads them, without an error.
+    The stream on which Megatron-Core 0.15.3 copies waits for nothing; later versions' does. A host that is ahead would overwrite
+    tokens and labels under a graph that still reads them, without an error. Clipping makes the host wait for every step, and so
+    does a `LossGuard` where the loss is; the first stages of a pipeline without clipping do not wait.
     """
     import torch
     from megatron.core.full_cuda_graph import StaticBufferLoader
