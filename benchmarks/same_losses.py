@@ -10,8 +10,8 @@ of the steps, because weights that were just drawn make much of little at a rate
 `size=smoke seq=128 global_batch=2` runs on a CPU; `precision=fp32` shows there what is not rounding. Written: the rows of
 losses, the largest and the mean difference as a share of stock's loss, and both for stock's two. Other keys go to our recipe;
 each `also=` is one more run of ours with its keys besides, compared with the same two of stock (none: the noise of ours).
-`stock=ROW` takes the two runs of stock of a row of the same KEYS instead of new ones. With NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the
-environment runs repeat themselves bit for bit, and their rows are named deterministic.
+`stock=ROW` takes the two runs of stock of a row of the same KEYS instead of new ones. With NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in
+the environment runs repeat themselves bit for bit, and their rows are named deterministic.
 """
 
 from __future__ import annotations
